@@ -1,0 +1,42 @@
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: help setup demo test test-all check golden benchmark docs clean
+
+help:  ## list what make can do
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+setup: $(STAMP)  ## install the package and everything it can use into .venv
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[all]"
+	@touch $(STAMP)
+
+demo: $(STAMP)  ## the whole idea on real photographs, about four minutes on two cores
+	$(BIN)/radio demo
+
+test: check  ## checks, then the fast tests (real Ray, no network)
+	$(BIN)/python -m pytest
+
+test-all: check  ## checks, then every test, the slow ones too
+	$(BIN)/python -m pytest -m "not gpu and not network"
+
+check: $(STAMP)  ## ruff, mypy strict, import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+golden: $(STAMP)  ## rewrite the golden losses after a change of numerics (look at the diff)
+	$(BIN)/python tests/golden.py
+
+benchmark: $(STAMP)  ## measure, one benchmark after the other, JSON into benchmarks/results
+	for file in benchmarks/[a-z]*.py; do $(BIN)/python $$file || exit 1; done
+
+docs: $(STAMP)  ## remake the generated parts of docs/ from the code
+	$(BIN)/python docs/generate.py
+
+clean:  ## remove the environment, caches and runs
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache runs dist

@@ -1,0 +1,331 @@
+"""The command line: one function per verb, each the same as its Python function.
+
+Results go to stdout, logs to stderr. Exit codes: 0 done, 1 crash, 2 something the user can mend,
+3 done with some inputs failed, 130 stopped by Ctrl-C (resumable).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+from radio.errors import RadioError
+
+app = typer.Typer(
+    name="radio",
+    help="Distil several vision foundation models into one student.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+out = Console()
+err = Console(stderr=True)
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="Hydra overrides, for example experiment=demo optimizer.lr=5e-4"),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print config and plan; run nothing.")]
+JsonFile = Annotated[
+    str | None, typer.Option("--json", help="Write the result as JSON to this file; - = stdout.")
+]
+
+
+@app.command()
+def demo(overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Show the whole idea on 14 photographs: four teachers, one student, one encoder folder.
+
+    Writes runs/demo/{report.html, metrics.jsonl, checkpoints/, encoder/, features/}. The
+    teachers' weights are seeded, not trained: the demo shows that the student learns whatever
+    they say, not that they say anything wise.
+    """
+    from ray_jobs.demo import demo as run_demo
+    from ray_jobs.demo import demo_config
+
+    config = demo_config(overrides or [])
+    if dry_run:
+        _print_plan(config, count=False)
+        return
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if all(teacher.pretrained is None for teacher in config.teachers.values()):
+        err.print("The demo's teachers have seeded random weights: real libraries, nothing learnt.")
+    result = run_demo(config)
+    _print_result(result.run)
+    out.print(f"report    {result.run.out / 'report.html'}")
+    out.print(
+        f"encoder   {result.encoder}  ({result.parameters / 1e6:.1f} M parameters, loaded by "
+        "transformers.AutoModel without remote code)"
+    )
+    out.print(f"features  {result.features}")
+
+
+@app.command()
+def train(overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Distil a student; the same command resumes its `out` folder exactly.
+
+    radio train experiment=demo data.train=photos/ out=runs/mine
+    radio train experiment=demo "data.train='shards/train-{000000..000009}.tar'"
+    """
+    from radio.config import load
+
+    config = load(overrides or [])
+    if dry_run:
+        _print_plan(config)
+        return
+    if config.stream == "ray":
+        from ray_jobs.train import train as train_on_ray
+
+        result = train_on_ray(config)
+    else:
+        from radio.training.distill import distill
+
+        result = distill(config)
+    _print_result(result)
+    out.print(f"report    {result.out / 'report.html'}")
+    out.print(f"next      radio fuse {result.out} {result.out / 'encoder'}")
+
+
+@app.command()
+def fit(overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Fit the teachers' standardizers (PHI-S) and write them into `out`/standardizers."""
+    from radio.config import load
+
+    config = load(overrides or [])
+    if dry_run:
+        _print_plan(config)
+        return
+    from radio.training.progress import TrainingProgress
+
+    with TrainingProgress() as progress:
+        progress.phase("fitting standardizers")
+        if config.stream == "ray":
+            from ray_jobs.fit import fit_on_ray
+
+            files = fit_on_ray(config, progress.update)
+        else:
+            from radio.targets.fit import fit as fit_here
+            from radio.targets.stream import LocalStream
+
+            with LocalStream(config) as stream:
+                files = fit_here(config, stream, progress.update)
+    for name, file in files.items():
+        out.print(f"{name:12} {file.path}")
+
+
+@app.command()
+def fuse(
+    source: Annotated[
+        Path, typer.Argument(help="A run, a checkpoint, or one of NVIDIA's .pth.tar files.")
+    ],
+    target: Annotated[Path, typer.Argument(help="The encoder folder to write.")],
+) -> None:
+    """Fuse a checkpoint into one encoder folder that transformers loads natively."""
+    from radio.encoder.fuse import fuse as fuse_checkpoint
+
+    out.print(fuse_checkpoint(source, target))
+
+
+@app.command()
+def encode(
+    sources: Annotated[list[str], typer.Argument(help="Folders, globs, pictures or tars.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    model: Annotated[Path, typer.Option("--model", "-m", help="An encoder folder.")],
+    features: Annotated[
+        str, typer.Option(help="Comma-separated: summary,features,clip:summary,sam:features")
+    ] = "summary",
+    size: Annotated[int | None, typer.Option(help="Square side in pixels.")] = None,
+    merge_to: Annotated[int | None, typer.Option(help="Merge patch features to this many.")] = None,
+    batch: Annotated[int, typer.Option(help="Pictures per forward.")] = 16,
+    json_file: JsonFile = None,
+) -> None:
+    """Extract features of pictures into parquet."""
+    from radio.encoder.encoder import load
+    from radio.extraction.encode import encode as encode_sources
+
+    result = encode_sources(
+        sources,
+        output,
+        load(model),
+        features=tuple(features.split(",")),
+        size=size,
+        merge_to=merge_to,
+        batch=batch,
+    )
+    _write_json(dataclasses.asdict(result), json_file)
+    if json_file != "-":
+        out.print(f"{result.ok} pictures encoded, {result.failed} failed: {output}")
+    if result.failed:
+        raise typer.Exit(3)
+
+
+@app.command()
+def evaluate(
+    target: Annotated[str, typer.Argument(help="A run folder or checkpoint.")],
+    task: Annotated[str, typer.Option(help="What to measure: fidelity.")] = "fidelity",
+    data: Annotated[
+        str | None, typer.Option(help="Pictures; the run's data.val if absent.")
+    ] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Measure a trained student against its teachers."""
+    from radio.evaluation.evaluate import evaluate as evaluate_target
+    from radio.evaluation.fidelity import rows_of
+
+    result = evaluate_target(target, task, data)
+    _write_json(result, json_file)
+    if json_file != "-":
+        out.print(_held_out_table([], rows_of(result)))
+
+
+@app.command()
+def teachers(json_file: JsonFile = None) -> None:
+    """List the teachers there are: dims, cost, resolutions, view modes, licence of the weights."""
+    from radio.config import choices, load_teacher
+
+    listed = {name: load_teacher(name) for name in choices("teacher")}
+    _write_json({name: dataclasses.asdict(t) for name, t in listed.items()}, json_file)
+    if json_file == "-":
+        return
+    table = Table(title="teacher@teachers.NAME=TAG", box=None)
+    columns = (
+        "tag",
+        "kind",
+        "summary",
+        "features",
+        "px",
+        "stride",
+        "M",
+        "GFLOP",
+        "views",
+        "weights",
+    )
+    for column in columns:
+        numeric = column in {"summary", "features", "px", "stride", "M", "GFLOP"}
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for name, teacher in listed.items():
+        card = teacher.card
+        table.add_row(
+            name,
+            teacher.kind,
+            str(card.summary_dim or "-"),
+            str(card.feature_dim),
+            str(card.native_size),
+            str(card.stride),
+            f"{card.parameters_m:,.1f}",
+            f"{card.gflops:,.1f}",
+            " ".join(card.view_modes),
+            card.weights_licence,
+        )
+    out.print(table)
+
+
+@app.command()
+def doctor(json_file: JsonFile = None) -> None:
+    """Say what this machine can run and what is missing."""
+    from radio.doctor import examine
+
+    findings = examine()
+    _write_json([dataclasses.asdict(finding) for finding in findings], json_file)
+    if json_file != "-":
+        for finding in findings:
+            mark = "[green]ok[/]" if finding.fine else "[red]no[/]"
+            way_out = "" if finding.fine else f"  -> {finding.way_out}"
+            out.print(f"{mark}  {finding.what:18} {finding.found}{way_out}", highlight=False)
+    if not all(finding.fine for finding in findings):
+        raise typer.Exit(2)
+
+
+def _print_plan(config: Any, count: bool = True) -> None:
+    """Print the resolved configuration and what the stages would do."""
+    from radio.config import to_yaml
+
+    out.print(to_yaml(config), highlight=False, markup=False)
+    if count:
+        from radio.data.plan import training_plan
+        from radio.targets.stream import open_sources
+
+        sources = open_sources(config)
+        training_plan(config, len(sources["train"]))
+        sizes = ", ".join(f"{len(source)} {split}" for split, source in sources.items())
+        out.print(f"pictures: {sizes}")
+    for number, stage in enumerate(config.stages):
+        for name, partition in stage.partitions.items():
+            views = ", ".join(f"{teacher} {mode}" for teacher, mode in partition.views.items())
+            out.print(
+                f"stage {number}, {stage.steps} steps, partition {name}: "
+                f"{partition.batch} views at {partition.image_size} px; {views}"
+            )
+
+
+def _print_result(result: Any) -> None:
+    if result.after:
+        out.print(_held_out_table(result.before, result.after))
+    else:
+        out.print("no data.val: nothing was measured on held-out pictures")
+    if result.damaged:
+        err.print(f"{len(result.damaged)} damaged pictures were replaced:")
+        for key, reason in list(result.damaged.items())[:10]:
+            err.print(f"  {key}: {reason}", highlight=False, markup=False)
+
+
+def _held_out_table(before: list[Any], after: list[Any]) -> Table:
+    """Return the table per teacher and resolution: cosine and fidelity, before and after."""
+    earlier = {(row.teacher, row.image_size, row.merged): row for row in before}
+    table = Table(title="held-out photographs (fidelity 1 = predicts the mean)", box=None)
+    for column in ("teacher", "px", "cosine before", "after", "fidelity before", "after"):
+        table.add_column(column, justify="left" if column == "teacher" else "right")
+    for row in sorted(after, key=lambda row: (row.merged, row.image_size)):
+        first = earlier.get((row.teacher, row.image_size, row.merged))
+        table.add_row(
+            row.teacher,
+            f"{row.image_size}{' merged' if row.merged else ''}",
+            _number(first and first.cosine),
+            _number(row.cosine),
+            _number(first and first.fidelity),
+            _number(row.fidelity),
+        )
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _write_json(value: Any, file: str | None) -> None:
+    if file == "-":
+        sys.stdout.write(json.dumps(value, indent=2) + "\n")
+    elif file is not None:
+        Path(file).write_text(json.dumps(value, indent=2) + "\n")
+
+
+def main() -> None:
+    """Run the command line; errors of the user's making come without a traceback."""
+    from radio.doctor import shadowing_package
+
+    handler = RichHandler(console=err, show_path=False, show_level=False, markup=False)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    for name in ("radio", "ray_jobs"):
+        logging.getLogger(name).setLevel(logging.INFO)
+    hidden = shadowing_package()
+    if hidden:
+        err.print(f"error: {hidden}; install radio-distill in an environment of its own")
+        sys.exit(2)
+    try:
+        app()
+    except RadioError as error:
+        err.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        err.print("stopped; the same command resumes from the newest checkpoint")
+        sys.exit(130)

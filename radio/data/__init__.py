@@ -1,0 +1,1 @@
+"""What a step sees: pictures, views, mosaics and the plan."""

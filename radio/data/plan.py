@@ -1,0 +1,215 @@
+"""What every step sees, as one pure function of its number.
+
+`Plan(step)` names the samples, their crops' keys, the partitions and the teachers' view modes of
+a step. Nothing else owns order: a stream, a teacher or a resumed run asks again and gets the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from radio.config import Config
+from radio.errors import RadioError
+
+ROUNDS = (
+    4  # a 4-round Feistel network over a keyed hash is a pseudo-random permutation (Luby-Rackoff)
+)
+
+
+def seed_for(seed: int, purpose: str, *key: int) -> int:
+    """Return a 63-bit seed for one purpose and key; the only source of seeds in the project."""
+    text = "/".join([str(seed), purpose, *map(str, key)])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def permute(position: int, size: int, seed: int) -> int:
+    """Return where `position` in [0, size) goes in a seeded permutation, in O(1) memory.
+
+    A Feistel network over the next even number of bits, walked until the value falls inside
+    [0, size) again, so that no table of `size` entries is ever made.
+    """
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
+    value = position
+    while True:
+        left, right = value >> half, value & mask
+        for round_ in range(ROUNDS):
+            left, right = right, left ^ (seed_for(seed, "feistel", round_, right) & mask)
+        value = (left << half) | right
+        if value < size:
+            return value
+
+
+@dataclass(frozen=True)
+class ViewSpec:
+    """One view: which sample, and the (epoch, position) that key its crop and its redraws."""
+
+    sample: int
+    epoch: int
+    position: int
+
+
+@dataclass(frozen=True)
+class PartitionSpec:
+    """A share of a step: one student resolution in pixels, its views, each teacher's view mode."""
+
+    name: str
+    image_size: int
+    views: tuple[ViewSpec, ...]
+    modes: dict[str, str]
+    merge_per_block: int = 0
+
+
+@dataclass(frozen=True)
+class StepSpec:
+    """Everything that decides what a step computes on."""
+
+    step: int
+    stage: int
+    stage_step: int
+    partitions: tuple[PartitionSpec, ...]
+
+
+@dataclass(frozen=True)
+class PartitionPlan:
+    """A partition as the configuration states it: pixels, views per step, view modes."""
+
+    name: str
+    image_size: int
+    batch: int
+    modes: dict[str, str]
+    merge_per_block: int = 0
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """A number of steps over the same partitions."""
+
+    steps: int
+    partitions: tuple[PartitionPlan, ...]
+
+    @property
+    def views_per_step(self) -> int:
+        """Views that one step of this stage draws, over all partitions."""
+        return sum(partition.batch for partition in self.partitions)
+
+
+class Plan:
+    """Map a step number to its StepSpec.
+
+    An epoch of a stage is `num_samples // views_per_step` whole steps; the tail is left out, so
+    that with `repeat_epochs` a view meets the same partition and canvas again. `repeat_epochs`
+    0 means that views never repeat.
+    """
+
+    def __init__(
+        self, seed: int, num_samples: int, stages: Sequence[StagePlan], repeat_epochs: int = 0
+    ) -> None:
+        self.seed = seed
+        self.num_samples = num_samples
+        self.stages = tuple(stages)
+        self.repeat_epochs = repeat_epochs
+        for number, stage in enumerate(self.stages):
+            if stage.views_per_step > num_samples:
+                raise RadioError(
+                    f"stages[{number}] draws {stage.views_per_step} views per step but data.train "
+                    f"has only {num_samples} pictures; lower the partitions' batch or add pictures"
+                )
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of all stages together."""
+        return sum(stage.steps for stage in self.stages)
+
+    def locate(self, step: int) -> tuple[int, int]:
+        """Return (stage, step within the stage) of a global step."""
+        rest = step
+        for number, stage in enumerate(self.stages):
+            if rest < stage.steps:
+                return number, rest
+            rest -= stage.steps
+        raise IndexError(f"step {step} is beyond the plan's {self.num_steps} steps")
+
+    def epoch(self, step: int) -> int:
+        """Return the epoch within its stage that a step belongs to."""
+        number, stage_step = self.locate(step)
+        return stage_step // (self.num_samples // self.stages[number].views_per_step)
+
+    def __call__(self, step: int) -> StepSpec:
+        """Return the StepSpec of a global step number."""
+        number, stage_step = self.locate(step)
+        stage = self.stages[number]
+        steps_per_epoch = self.num_samples // stage.views_per_step
+        epoch, step_of_epoch = divmod(stage_step, steps_per_epoch)
+        if self.repeat_epochs:
+            epoch %= self.repeat_epochs
+        order = seed_for(self.seed, "order", epoch)
+        position = step_of_epoch * stage.views_per_step
+        partitions = []
+        for partition in stage.partitions:
+            positions = range(position, position + partition.batch)
+            views = tuple(
+                ViewSpec(permute(at, self.num_samples, order), epoch, at) for at in positions
+            )
+            partitions.append(_with_views(partition, views))
+            position += partition.batch
+        return StepSpec(step, number, stage_step, tuple(partitions))
+
+    def held_out(self, num_samples: int, batch: int) -> list[PartitionSpec]:
+        """Return the last stage's partitions over a held-out set, `batch` views at a time.
+
+        Each resolution occurs once (its first partition speaks for it); crops are keyed by the
+        sample's own number, so the same set is seen after any number of steps.
+        """
+        specs = []
+        seen: Mapping[int, PartitionPlan] = {}
+        for partition in self.stages[-1].partitions:
+            if partition.image_size in seen:
+                continue
+            seen = {**seen, partition.image_size: partition}
+            for start in range(0, num_samples, batch):
+                samples = range(start, min(start + batch, num_samples))
+                views = tuple(ViewSpec(sample, 0, sample) for sample in samples)
+                specs.append(_with_views(partition, views))
+        return specs
+
+
+def _with_views(partition: PartitionPlan, views: tuple[ViewSpec, ...]) -> PartitionSpec:
+    return PartitionSpec(
+        partition.name, partition.image_size, views, partition.modes, partition.merge_per_block
+    )
+
+
+def stage_plans(config: Config) -> list[StagePlan]:
+    """Return the stages as the plan needs them."""
+    return [
+        StagePlan(
+            stage.steps,
+            tuple(
+                PartitionPlan(
+                    name,
+                    partition.image_size,
+                    partition.batch,
+                    dict(partition.views),
+                    config.student.merge_per_block
+                    if partition.merge_per_block is None
+                    else partition.merge_per_block,
+                )
+                for name, partition in stage.partitions.items()
+            ),
+        )
+        for stage in config.stages
+    ]
+
+
+def training_plan(config: Config, num_samples: int) -> Plan:
+    """Return the plan of a run over `num_samples` pictures."""
+    return Plan(config.seed, num_samples, stage_plans(config), config.data.repeat_epochs)
+
+
+def fitting_plan(config: Config, num_samples: int) -> Plan:
+    """Return the plan that standardizers are fitted on: `fit.steps` steps of every stage."""
+    stages = [StagePlan(config.fit.steps, stage.partitions) for stage in stage_plans(config)]
+    return Plan(config.seed, num_samples, stages, config.data.repeat_epochs)

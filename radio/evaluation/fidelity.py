@@ -1,0 +1,87 @@
+"""Task `fidelity`: how much of each teacher's features a run's student explains."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from radio.config import Config
+from radio.data.plan import StepSpec, training_plan
+from radio.errors import RadioError
+from radio.targets.standardize import save_standardizers
+from radio.targets.stream import LocalStream, device_of
+from radio.targets.target_maker import Request, StandardizerFile
+from radio.training.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint
+from radio.training.distill import HELD_OUT_BATCH, student_for
+from radio.training.metrics import Row, held_out_rows
+
+
+def find_checkpoint(target: Path) -> Checkpoint:
+    """Return the checkpoint that a path means: a `step-*` folder, or a run's newest."""
+    if (target / "state.yaml").exists():
+        return load_checkpoint(target)
+    newest = newest_checkpoint(target / "checkpoints")
+    if newest is None:
+        raise RadioError(
+            f"{target} is neither a run folder with checkpoints nor a checkpoint; expected for "
+            "example runs/demo or runs/demo/checkpoints/step-000060"
+        )
+    return load_checkpoint(newest)
+
+
+def fidelity(target: Path, data: str | None) -> dict[str, Any]:
+    """Return the worst fidelity over teachers and resolutions, with every row in the details.
+
+    Targets are float32; crops are the run's own seeded held-out crops.
+    """
+    checkpoint = find_checkpoint(target)
+    config = _with_data(checkpoint.config, data)
+    with tempfile.TemporaryDirectory() as folder, LocalStream(config) as stream:
+        _same_teachers(stream, checkpoint)
+        student = student_for(config, stream.teachers)
+        student.load_state_dict(checkpoint.model)
+        path = Path(folder) / "standardizers.safetensors"
+        save_standardizers(path, checkpoint.standardizers, {})
+        files = dict.fromkeys(config.teachers, StandardizerFile.of(path))
+        plan = training_plan(config, len(stream.sources["train"]))
+        num_views = min(config.evaluation.views, len(stream.sources["val"]))
+        partitions = plan.held_out(num_views, HELD_OUT_BATCH)
+        specs = [StepSpec(at, 0, 0, (part,)) for at, part in enumerate(partitions)]
+        batches = stream.read(specs, Request("val", "float32", files))
+        device = device_of(config)
+        rows = held_out_rows(student.to(device), batches, device)
+    return {
+        "task": "fidelity",
+        "target": str(target),
+        "score": min(row.fidelity for row in rows if not row.merged),
+        "interval": None,
+        "details": {
+            "step": checkpoint.step,
+            "median": statistics.median(row.fidelity for row in rows if not row.merged),
+            "rows": [row.as_dict() for row in rows],
+        },
+    }
+
+
+def rows_of(result: dict[str, Any]) -> list[Row]:
+    """Return a fidelity result's rows."""
+    return [Row(**row) for row in result["details"]["rows"]]
+
+
+def _with_data(config: Config, data: str | None) -> Config:
+    val = data if data is not None else config.data.val
+    if val is None:
+        raise RadioError("the run has no data.val: say which pictures with --data")
+    return replace(config, data=replace(config.data, val=val))
+
+
+def _same_teachers(stream: LocalStream, checkpoint: Checkpoint) -> None:
+    for name, facts in stream.teachers.items():
+        if checkpoint.state["teachers"][name]["fingerprint"] != facts.fingerprint:
+            raise RadioError(
+                f"teacher '{name}' has other weights than when {checkpoint.path} was trained; "
+                "its fidelity would mean nothing"
+            )

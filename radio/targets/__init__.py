@@ -1,0 +1,1 @@
+"""What the teachers say: standardizers, codec, stream."""

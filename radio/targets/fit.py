@@ -1,0 +1,108 @@
+"""Fit every teacher's standardizer once, before step 0, on the run's own stream."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+from radio.config import Config
+from radio.data.plan import fitting_plan
+from radio.errors import RadioError
+from radio.targets.standardize import (
+    Standardizer,
+    load_standardizers,
+    make_standardizer,
+    read_metadata,
+    save_standardizers,
+)
+from radio.targets.stream import Stream
+from radio.targets.target_maker import Request, StandardizerFile
+
+log = logging.getLogger("radio.fit")
+Progress = Callable[[int, int], None]
+
+
+def fit(
+    config: Config, stream: Stream, progress: Progress | None = None
+) -> dict[str, StandardizerFile]:
+    """Return each teacher's fitted standardizer file, fitting those that are not there yet.
+
+    Features travel as float32 and unstandardized; statistics merge in step order. A file fitted
+    on the same teacher, pictures and plan is reused.
+
+    Raises:
+        RadioError: `out` holds a standardizer of a teacher that has changed since.
+    """
+    folder = Path(config.out) / "standardizers"
+    paths = {name: folder / f"{name}.safetensors" for name in config.teachers}
+    wanted = {name: _identity(config, stream, name) for name in config.teachers}
+    if not all(_fits(paths[name], name, wanted[name]) for name in paths):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, standardizer in _fit_all(config, stream, progress).items():
+            temporary = paths[name].with_suffix(".tmp")
+            save_standardizers(temporary, {name: standardizer}, wanted[name])
+            temporary.replace(paths[name])
+    return {name: StandardizerFile.of(path) for name, path in paths.items()}
+
+
+def read_fitted(files: dict[str, StandardizerFile]) -> dict[str, Standardizer]:
+    """Load fitted standardizers by teacher."""
+    return {name: load_standardizers(Path(file.path))[name] for name, file in files.items()}
+
+
+def _fit_all(config: Config, stream: Stream, progress: Progress | None) -> dict[str, Standardizer]:
+    plan = fitting_plan(config, len(stream.sources["train"]))
+    standardizers = {
+        name: make_standardizer(teacher.standardizer, stream.teachers[name].feature_dim, name)
+        for name, teacher in config.teachers.items()
+    }
+    specs = (plan(step) for step in range(plan.num_steps))
+    request = Request("train", "float32", {})
+    for number, batch in enumerate(stream.read(specs, request), start=1):
+        for partition in batch.partitions:
+            for name, target in partition.targets.items():
+                rows = target.features.movedim(1, -1)[target.valid]
+                standardizers[name].partial_fit(rows)
+        if progress is not None:
+            progress(number, plan.num_steps)
+    for standardizer in standardizers.values():
+        standardizer.fit()
+    return standardizers
+
+
+def _identity(config: Config, stream: Stream, name: str) -> dict[str, str]:
+    """Return what a fit depends on, as the file's metadata."""
+    plan = {
+        "seed": config.seed,
+        "steps": config.fit.steps,
+        "crop_scale": config.data.crop_scale,
+        "micro_batch": config.data.micro_batch,
+        "repeat_epochs": config.data.repeat_epochs,
+        "patch_size": config.student.patch_size,
+        "partitions": [asdict(stage)["partitions"] for stage in config.stages],
+    }
+    return {
+        "kind": config.teachers[name].standardizer,
+        "teacher": stream.teachers[name].fingerprint,
+        "data": stream.sources["train"].fingerprint,
+        "plan": hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest(),
+    }
+
+
+def _fits(path: Path, name: str, wanted: dict[str, str]) -> bool:
+    if not path.exists():
+        return False
+    found = read_metadata(path)
+    changed = [key for key, value in wanted.items() if found.get(key) != value]
+    if "teacher" in changed:
+        raise RadioError(
+            f"{path} was fitted on another teacher '{name}' (its weights or options changed since);"
+            " choose another out=, or delete the file to fit again"
+        )
+    if changed:
+        log.info("fitting again: the %s of %s changed", ", ".join(changed), path)
+    return not changed

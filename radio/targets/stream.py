@@ -1,0 +1,239 @@
+"""The stream: an iterator of StepBatch, the same whether teachers are here or far away.
+
+    for batch in stream.read(steps, request):      # StepBatch(step, partitions)
+        losses = step(student, batch)
+
+A Stream is told which steps to read and delivers them in order, each exactly once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Protocol
+
+import torch
+from jaxtyping import Bool, Float, UInt8
+from torch import Tensor
+
+from radio.config import Config
+from radio.data.plan import PartitionSpec, StepSpec
+from radio.data.shards import ImageSource, open_images
+from radio.data.views import ViewReader, Views
+from radio.errors import RadioError
+from radio.targets import codec
+from radio.targets.target_maker import (
+    CodedTarget,
+    Request,
+    TargetMaker,
+    TeacherFacts,
+    build_readers,
+    build_target_maker,
+)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What one teacher says of a partition's views, features standardized."""
+
+    summary: Float[Tensor, "b c"] | None
+    features: Float[Tensor, "b d h w"]
+    valid: Bool[Tensor, "b h w"]
+
+
+@dataclass(frozen=True)
+class PartitionBatch:
+    """A partition's pictures for the student and the targets it is matched to."""
+
+    name: str
+    images: UInt8[Tensor, "b 3 h w"]
+    targets: dict[str, Target]
+    merge_per_block: int = 0
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """Everything one step computes on.
+
+    `damaged` maps the key of every picture that was replaced to the reason; `wait_seconds` is
+    the time the student stood still for this batch, `busy_seconds` each teacher's own work.
+    """
+
+    step: int
+    partitions: tuple[PartitionBatch, ...]
+    damaged: Mapping[str, str] = field(default_factory=dict)
+    wait_seconds: float = 0.0
+    busy_seconds: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def num_images(self) -> int:
+        """Student pictures in the step."""
+        return sum(len(partition.images) for partition in self.partitions)
+
+
+class Stream(Protocol):
+    """Where targets come from: LocalStream, or ray_jobs.feature_stream.RayStream."""
+
+    @property
+    def teachers(self) -> Mapping[str, TeacherFacts]:
+        """Each teacher's dims and fingerprint."""
+
+    @property
+    def sources(self) -> Mapping[str, ImageSource]:
+        """The pictures of each split ("train", "val")."""
+
+    def read(
+        self, specs: Iterable[StepSpec], request: Request, incarnation: int = 0
+    ) -> Iterator[StepBatch]:
+        """Yield the specs' batches in order, each exactly once."""
+
+    def close(self) -> None:
+        """Let the teachers go."""
+
+
+def open_sources(config: Config) -> dict[str, ImageSource]:
+    """Open the pictures of a run: `data.train`, and `data.val` where there is one."""
+    sources = {"train": _open("data.train", config.data.train)}
+    if config.data.val is not None:
+        sources["val"] = _open("data.val", config.data.val)
+    return sources
+
+
+def _open(key: str, location: str) -> ImageSource:
+    try:
+        return open_images(location)
+    except RadioError as error:
+        raise RadioError(f"{key}: {error}") from error
+
+
+def device_of(config: Config) -> torch.device:
+    """Return the run's device; `auto` takes CUDA where there is one."""
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(config.device)
+    except RuntimeError as error:
+        raise RadioError(f"device is '{config.device}'; use auto, cpu or cuda") from error
+
+
+class LocalStream:
+    """Teachers in this process, one after the other: the reference that every stream equals."""
+
+    def __init__(self, config: Config, makers: Mapping[str, TargetMaker] | None = None) -> None:
+        self.config = config
+        self._sources = open_sources(config)
+        self._readers = build_readers(config, self._sources)
+        torch.set_num_threads(config.threads.student)
+        self.makers = dict(makers) if makers is not None else self._build()
+        self._facts = {name: maker.facts for name, maker in self.makers.items()}
+
+    def _build(self) -> dict[str, TargetMaker]:
+        device = device_of(self.config)
+        return {
+            name: build_target_maker(self.config, name, self._sources, device)
+            for name in self.config.teachers
+        }
+
+    @property
+    def teachers(self) -> Mapping[str, TeacherFacts]:
+        """Each teacher's dims and fingerprint."""
+        return self._facts
+
+    @property
+    def sources(self) -> Mapping[str, ImageSource]:
+        """The pictures of each split."""
+        return self._sources
+
+    def read(
+        self, specs: Iterable[StepSpec], request: Request, incarnation: int = 0
+    ) -> Iterator[StepBatch]:
+        """Yield the specs' batches in order; `incarnation` fences nothing in one process."""
+        for spec in specs:
+            started = time.perf_counter()
+            coded = self._encode(spec, request)
+            waited = time.perf_counter() - started
+            views = student_views(spec, self._readers[request.split])
+            yield assemble(spec, views, coded, request, waited)
+
+    def _encode(self, spec: StepSpec, request: Request) -> list[dict[str, CodedTarget]]:
+        """Run every teacher on its own number of threads, then give the student its back."""
+        torch.set_num_threads(self.config.threads.teacher)
+        try:
+            return [
+                {name: self.makers[name](partition, request) for name in partition.modes}
+                for partition in spec.partitions
+            ]
+        finally:
+            torch.set_num_threads(self.config.threads.student)
+
+    def close(self) -> None:
+        """Let the teachers' memory go."""
+        self.makers.clear()
+
+    def __enter__(self) -> LocalStream:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def student_views(spec: StepSpec, reader: ViewReader) -> list[Views]:
+    """Read the student's own views of every partition of a step."""
+    return [reader.batch(partition.views, partition.image_size) for partition in spec.partitions]
+
+
+def assemble(
+    spec: StepSpec,
+    student: list[Views],
+    coded: list[dict[str, CodedTarget]],
+    request: Request,
+    wait_seconds: float,
+) -> StepBatch:
+    """Put a step together from the student's own views and the teachers' coded targets.
+
+    Raises:
+        RadioError: a teacher used other pictures than the student (joins are by key, never by
+            position alone).
+    """
+    partitions, damaged, busy = [], {}, dict[str, float]()
+    for partition, views, targets in zip(spec.partitions, student, coded, strict=True):
+        damaged.update(views.replaced)
+        for name, target in targets.items():
+            _same_keys(name, partition, views, target)
+            busy[name] = busy.get(name, 0.0) + target.seconds
+        partitions.append(
+            PartitionBatch(
+                partition.name,
+                views.pixels,
+                {name: _decode(target, request) for name, target in targets.items()},
+                partition.merge_per_block,
+            )
+        )
+    return StepBatch(spec.step, tuple(partitions), damaged, wait_seconds, busy)
+
+
+def _decode(target: CodedTarget, request: Request) -> Target:
+    summary = None
+    if target.summary is not None:
+        summary = codec.decode(target.summary, request.summary_codec)
+    features = codec.decode(target.features, request.codec)
+    return Target(summary, features, torch.tensor(target.valid))
+
+
+def _same_keys(name: str, partition: PartitionSpec, views: Views, target: CodedTarget) -> None:
+    if target.keys == views.keys:
+        return
+    pairs = zip(views.keys, target.keys, strict=True)
+    ours, theirs = next((a, b) for a, b in pairs if a != b)
+    raise RadioError(
+        f"teacher '{name}' answered for picture '{theirs}' where the student has '{ours}' "
+        f"(partition '{partition.name}'): both must read the same data; check that every node "
+        "sees the same files"
+    )

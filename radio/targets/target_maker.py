@@ -1,0 +1,268 @@
+"""One teacher's share of a step: a partition's spec in, standardized and coded targets out.
+
+The same object serves a LocalStream and a Ray actor. It keeps nothing between calls that could
+change a result, so a lost call is simply made again, anywhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from radio.config import Config
+from radio.data.mosaic import Mosaic
+from radio.data.plan import PartitionSpec
+from radio.data.shards import ImageSource
+from radio.data.views import ViewReader
+from radio.errors import RadioError
+from radio.targets import codec
+from radio.targets.grid import Grid, coarser, to_grid
+from radio.targets.standardize import Standardizer, load_standardizers
+from teachers import Teacher, TeacherOutput, build_teacher
+
+
+@dataclass(frozen=True)
+class TeacherFacts:
+    """What the student's side must know of a teacher."""
+
+    kind: str
+    fingerprint: str
+    summary_dim: int | None
+    feature_dim: int
+
+
+@dataclass(frozen=True)
+class StandardizerFile:
+    """A fitted standardizer by path and SHA-256, so that a worker cannot read another one."""
+
+    path: str
+    sha256: str
+
+    @classmethod
+    def of(cls, path: Path) -> StandardizerFile:
+        """Name the file as it is now."""
+        return cls(str(path.resolve()), hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is wanted beside the spec: the split, the codec, and each teacher's standardizer.
+
+    A teacher without a standardizer file sends its features as they are (for `fit`).
+    """
+
+    split: str
+    codec: str
+    standardizers: Mapping[str, StandardizerFile]
+
+    @property
+    def summary_codec(self) -> str:
+        """Summaries are not standardized, so int8 codes do not fit them."""
+        return "bf16" if self.codec == "int8" else self.codec
+
+
+@dataclass(frozen=True)
+class CodedTarget:
+    """A Target as it travels: plain arrays, the keys used, damaged pictures, seconds busy."""
+
+    summary: np.ndarray | None
+    features: np.ndarray
+    valid: np.ndarray
+    keys: tuple[str, ...]
+    damaged: Mapping[str, str]
+    seconds: float
+
+
+class TargetMaker:
+    """Make the targets of one frozen teacher.
+
+    Args:
+        name: the teacher's name in the run, used in every error.
+        kind: the teacher's kind, for its facts.
+        teacher: the frozen network.
+        readers: a ViewReader per split.
+        patch_size: the student's patch in pixels, which decides the student's grid.
+        micro_batch: pictures (or canvases) per forward; part of the spec, since the
+            composition of a batch may change low bits.
+        device: where the forward runs.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        kind: str,
+        teacher: Teacher,
+        readers: Mapping[str, ViewReader],
+        patch_size: int,
+        micro_batch: int,
+        device: torch.device,
+    ) -> None:
+        self.name = name
+        self.kind = kind
+        self.teacher = teacher.to(device)
+        self.readers = readers
+        self.patch_size = patch_size
+        self.micro_batch = micro_batch
+        self.device = device
+        self._standardizers: dict[str, Standardizer] = {}
+        self._mean = torch.tensor(teacher.mean, device=device).view(1, 3, 1, 1)
+        self._std = torch.tensor(teacher.std, device=device).view(1, 3, 1, 1)
+
+    @property
+    def facts(self) -> TeacherFacts:
+        """Dims and fingerprint."""
+        teacher = self.teacher
+        return TeacherFacts(
+            self.kind, teacher.fingerprint, teacher.summary_dim, teacher.feature_dim
+        )
+
+    def view_size(self, partition: PartitionSpec) -> int:
+        """Return the side in pixels at which this teacher reads a partition's views."""
+        mode = partition.modes[self.name]
+        if mode == "match":
+            return partition.image_size // self.patch_size * self.teacher.stride
+        return self.teacher.native_size if mode == "native" else partition.image_size
+
+    def check(self, partition: PartitionSpec) -> None:
+        """Refuse a partition whose views cannot be packed on this teacher's canvas."""
+        if partition.modes[self.name] == "mosaic":
+            self._mosaic(partition)
+
+    @torch.inference_mode()
+    def __call__(self, partition: PartitionSpec, request: Request) -> CodedTarget:
+        """Return the coded target of one partition.
+
+        Raises:
+            RadioError: the teacher returned NaN or infinity, or its standardizer does not fit.
+        """
+        started = time.perf_counter()
+        reader = self.readers[request.split]
+        views = reader.batch(partition.views, self.view_size(partition))
+        pixels = self._normalise(views.pixels)
+        if partition.modes[self.name] == "mosaic":
+            output = self._forward_mosaic(pixels, partition)
+        else:
+            output = self._forward(pixels)
+        self._refuse_nan(output, views.keys)
+        side = partition.image_size // self.patch_size
+        features = self._standardize(output.features.float(), request)
+        grid = coarser(_grid(features), (side, side))
+        features = to_grid(features, grid)
+        valid = np.ones((len(views.keys), *grid), dtype=bool)
+        summary = None
+        if output.summary is not None and partition.modes[self.name] != "mosaic":
+            summary = codec.encode(output.summary.float().cpu(), request.summary_codec)
+        coded = codec.encode(features.cpu(), request.codec)
+        seconds = time.perf_counter() - started
+        return CodedTarget(summary, coded, valid, views.keys, dict(views.replaced), seconds)
+
+    def _mosaic(self, partition: PartitionSpec) -> Mosaic:
+        try:
+            return Mosaic(self.teacher.native_size, partition.image_size, self.teacher.stride)
+        except ValueError as error:
+            raise RadioError(
+                f"partition '{partition.name}' cannot be packed for teacher '{self.name}': {error}"
+            ) from error
+
+    def _normalise(self, pixels: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
+        return (pixels.to(self.device).float() / 255 - self._mean) / self._std
+
+    def _forward(self, pixels: Float[Tensor, "b 3 h w"]) -> TeacherOutput:
+        outputs = [self.teacher(part) for part in pixels.split(self.micro_batch)]
+        features = torch.cat([output.features for output in outputs])
+        summaries = [output.summary for output in outputs if output.summary is not None]
+        return TeacherOutput(torch.cat(summaries) if summaries else None, features)
+
+    def _forward_mosaic(
+        self, pixels: Float[Tensor, "b 3 h w"], partition: PartitionSpec
+    ) -> TeacherOutput:
+        mosaic = self._mosaic(partition)
+        canvases = self._forward(mosaic.place(pixels))
+        return TeacherOutput(None, mosaic.split(canvases.features, len(pixels)))
+
+    def _refuse_nan(self, output: TeacherOutput, keys: tuple[str, ...]) -> None:
+        named = {"features": output.features, "summary": output.summary}
+        for what, tensor in named.items():
+            if tensor is None or bool(torch.isfinite(tensor).all()):
+                continue
+            finite = torch.isfinite(tensor).flatten(1).all(dim=1).tolist()
+            bad = [key for key, fine in zip(keys, finite, strict=True) if not fine]
+            raise RadioError(
+                f"teacher '{self.name}' returned NaN or infinity in its {what} for "
+                f"{', '.join(bad[:5])}; check its weights and precision (norms must stay float32)"
+            )
+
+    def _standardize(
+        self, features: Float[Tensor, "b c h w"], request: Request
+    ) -> Float[Tensor, "b c h w"]:
+        file = request.standardizers.get(self.name)
+        if file is None:
+            return features
+        if file.sha256 not in self._standardizers:
+            self._standardizers[file.sha256] = self._load(file)
+        return self._standardizers[file.sha256].transform_map(features)
+
+    def _load(self, file: StandardizerFile) -> Standardizer:
+        if StandardizerFile.of(Path(file.path)).sha256 != file.sha256:
+            raise RadioError(
+                f"{file.path} changed under the run; run `radio fit` into a new out folder"
+            )
+        return load_standardizers(Path(file.path))[self.name]
+
+
+def build_target_maker(
+    config: Config, name: str, sources: Mapping[str, ImageSource], device: torch.device
+) -> TargetMaker:
+    """Build a run's teacher `name` and what it needs to read its own views.
+
+    Raises:
+        RadioError: unknown kind, bad options, missing or unfitting weights; names the teacher.
+    """
+    wanted = config.teachers[name]
+    try:
+        teacher = build_teacher(
+            wanted.kind, name, dict(wanted.options), wanted.pretrained, config.seed
+        )
+    except (ValueError, OSError, TypeError) as error:
+        raise RadioError(f"teachers.{name} ({wanted.kind}): {error}") from error
+    _check_card(config, name, teacher)
+    return TargetMaker(
+        name,
+        wanted.kind,
+        teacher,
+        build_readers(config, sources),
+        config.student.patch_size,
+        config.data.micro_batch,
+        device,
+    )
+
+
+def build_readers(config: Config, sources: Mapping[str, ImageSource]) -> dict[str, ViewReader]:
+    """Return a ViewReader per split, all with the run's seed and crop scale."""
+    low, high = config.data.crop_scale
+    return {
+        split: ViewReader(source, config.seed, (low, high)) for split, source in sources.items()
+    }
+
+
+def _check_card(config: Config, name: str, teacher: Teacher) -> None:
+    card = config.teachers[name].card
+    said = (card.summary_dim, card.feature_dim, card.stride, card.native_size)
+    is_ = (teacher.summary_dim, teacher.feature_dim, teacher.stride, teacher.native_size)
+    if said != is_:
+        raise RadioError(
+            f"teachers.{name}.card says (summary_dim, feature_dim, stride, native_size) = {said}, "
+            f"but the network has {is_}; correct the card"
+        )
+
+
+def _grid(features: Tensor) -> Grid:
+    return features.shape[-2], features.shape[-1]

@@ -1,0 +1,1 @@
+"""The loop, losses, checkpoints, metrics and the report."""

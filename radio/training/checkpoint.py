@@ -1,0 +1,191 @@
+"""Checkpoints: whole or not there at all.
+
+    checkpoints/step-000120/{model,optimizer,standardizers}.safetensors
+                            state.yaml  config.yaml  SHA256SUMS
+
+A checkpoint is written under a temporary name, synced and renamed, so a folder called `step-*` is
+complete. No random state is inside: each step reseeds itself.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from radio.config import Config, from_yaml, to_yaml
+from radio.errors import RadioError
+from radio.targets.standardize import Standardizer, load_standardizers, save_standardizers
+
+SUMS = "SHA256SUMS"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a `step-*` folder holds; `model` is the Student's state dict."""
+
+    path: Path
+    step: int
+    model: dict[str, Tensor]
+    standardizers: dict[str, Standardizer]
+    config: Config
+    state: dict[str, Any]
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    student: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    standardizers: Mapping[str, Standardizer],
+    config: Config,
+    state: Mapping[str, Any],
+    keep: int,
+) -> Path:
+    """Write `folder/step-<step>` atomically, then drop all but the newest `keep`.
+
+    Raises:
+        RadioError: the disk is full; earlier checkpoints are untouched.
+    """
+    final = folder / f"step-{step:06d}"
+    if final.exists():
+        return final
+    temporary = folder / f".tmp-step-{step:06d}-{os.getpid()}"
+    try:
+        temporary.mkdir(parents=True)
+        _write(temporary, step, student, optimizer, standardizers, config, state)
+        os.rename(temporary, final)
+        _sync(folder)
+    except (OSError, RuntimeError) as error:  # safetensors reports I/O as its own RuntimeError
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise _explained(error, folder) from error
+    _prune(folder, keep)
+    return final
+
+
+def _write(
+    folder: Path,
+    step: int,
+    student: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    standardizers: Mapping[str, Standardizer],
+    config: Config,
+    state: Mapping[str, Any],
+) -> None:
+    model = {name: tensor.detach().contiguous() for name, tensor in student.state_dict().items()}
+    save_file(model, folder / "model.safetensors")
+    save_file(optimizer_tensors(student, optimizer), folder / "optimizer.safetensors")
+    save_standardizers(folder / "standardizers.safetensors", dict(standardizers), {})
+    (folder / "state.yaml").write_text(yaml.safe_dump({"step": step, **state}, sort_keys=False))
+    (folder / "config.yaml").write_text(to_yaml(config))
+    write_sums(folder)
+    for path in folder.iterdir():
+        _sync(path)
+    _sync(folder)
+
+
+def write_sums(folder: Path) -> None:
+    """Write SHA256SUMS over every file of a folder, readable by `sha256sum -c`."""
+    names = sorted(path.name for path in folder.iterdir() if path.name != SUMS)
+    lines = [f"{_sha256(folder / name)}  {name}\n" for name in names]
+    (folder / SUMS).write_text("".join(lines))
+
+
+def check_sums(folder: Path) -> None:
+    """Refuse a folder whose files are not those that were written, naming the file."""
+    sums = folder / SUMS
+    if not sums.exists():
+        raise RadioError(f"{folder} has no {SUMS}: not a checkpoint, or not a whole one")
+    for line in sums.read_text().splitlines():
+        digest, name = line.split(maxsplit=1)
+        path = folder / name
+        if not path.exists() or _sha256(path) != digest:
+            raise RadioError(
+                f"{path} is missing or damaged; delete {folder} to resume from the checkpoint "
+                "before it"
+            )
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a `step-*` folder after checking every file's sum."""
+    if not path.is_dir():
+        raise RadioError(f"{path} is no checkpoint folder (expected .../checkpoints/step-000120)")
+    check_sums(path)
+    state = yaml.safe_load((path / "state.yaml").read_text())
+    return Checkpoint(
+        path,
+        int(state["step"]),
+        load_file(path / "model.safetensors"),
+        load_standardizers(path / "standardizers.safetensors"),
+        from_yaml((path / "config.yaml").read_text()),
+        state,
+    )
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Return the `step-*` folder with the highest step, or None."""
+    return max(folder.glob("step-*"), key=lambda path: path.name, default=None)
+
+
+def optimizer_tensors(student: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return the optimizer's state as `<parameter>|<slot>` tensors."""
+    names = {parameter: name for name, parameter in student.named_parameters()}
+    return {
+        f"{names[parameter]}|{slot}": value.detach().contiguous()
+        for parameter, slots in optimizer.state.items()
+        for slot, value in slots.items()
+    }
+
+
+def restore(checkpoint: Checkpoint, student: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Put a checkpoint's weights and optimizer state back, strictly."""
+    student.load_state_dict(checkpoint.model)
+    tensors = load_file(checkpoint.path / "optimizer.safetensors")
+    parameters = dict(student.named_parameters())
+    for key, value in tensors.items():
+        name, slot = key.rsplit("|", 1)
+        parameter = parameters[name]
+        on = parameter.device if value.ndim else value.device  # step counters stay on the CPU
+        optimizer.state[parameter][slot] = value.to(on)
+
+
+def _prune(folder: Path, keep: int) -> None:
+    for path in sorted(folder.glob("step-*"))[: -max(1, keep)]:
+        shutil.rmtree(path)
+    for path in folder.glob(".tmp-*"):  # left by a process that was killed while saving
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _explained(error: Exception, folder: Path) -> RadioError:
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if full or "No space left" in str(error):
+        newest = newest_checkpoint(folder)
+        kept = f"{newest.name} is whole" if newest else "no earlier checkpoint exists"
+        return RadioError(
+            f"disk full while saving to {folder} ({kept}); free space and start the same command "
+            "again, or lower checkpoint.keep"
+        )
+    return RadioError(f"cannot save a checkpoint to {folder}: {error}")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,371 @@
+"""The training loop: the paper's algorithm, one step at a time.
+
+AM-RADIO (2312.06709, 3) with PHI-S targets (2410.01680): the student's adaptors predict every
+teacher's summary and standardized features; the loss of a teacher is the mean over views of
+1 - cos(summary) plus MSE(features), weighted and summed over teachers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from student.model import Student, StudentOutput, TeacherDims, build_student
+from torch import Tensor
+
+from radio.config import Config, check
+from radio.data.plan import Plan, StepSpec, seed_for, training_plan
+from radio.errors import RadioError
+from radio.targets.fit import fit, read_fitted
+from radio.targets.grid import to_grid
+from radio.targets.standardize import Standardizer
+from radio.targets.stream import LocalStream, PartitionBatch, StepBatch, Stream, device_of
+from radio.targets.target_maker import Request, StandardizerFile, TeacherFacts
+from radio.training.checkpoint import (
+    load_checkpoint,
+    newest_checkpoint,
+    restore,
+    save_checkpoint,
+)
+from radio.training.losses import FEATURE_LOSSES, SUMMARY_LOSSES, weighted_mean
+from radio.training.metrics import Row, held_out_rows
+from radio.training.optim import build_optimizer, learning_rate, set_learning_rate
+from radio.training.progress import TrainingProgress, describe
+from radio.training.run_folder import RunFolder, open_run
+from radio.training.stop import StopSignal
+
+log = logging.getLogger("radio.train")
+HELD_OUT_BATCH = 16  # views of a held-out batch; a teacher's micro-batches are inside it
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished (or stopped) run left: its folder, step, held-out table and damage."""
+
+    out: Path
+    step: int
+    finished: bool
+    before: list[Row]
+    after: list[Row]
+    damaged: dict[str, str]
+
+
+def distill(config: Config, stream: Stream | None = None) -> RunResult:
+    """Train the student of `config`; the same call resumes `config.out` exactly.
+
+    Args:
+        config: a checked configuration (`radio.config.load`).
+        stream: where targets come from; a LocalStream is built when none is given.
+
+    Raises:
+        RadioError: anything the user can mend, naming the thing and the way out.
+    """
+    check(config)
+    with open_run(config) as run, TrainingProgress() as progress:
+        progress.phase("waiting for teachers")
+        with _local_unless(stream, config) as source:
+            return _Run(config, source, run, progress).train()
+
+
+@contextlib.contextmanager
+def _local_unless(stream: Stream | None, config: Config) -> Iterator[Stream]:
+    if stream is not None:
+        yield stream  # the caller's; the caller closes it
+        return
+    with LocalStream(config) as local:
+        yield local
+
+
+def step_losses(
+    student: Student, batch: StepBatch, config: Config, device: torch.device
+) -> dict[str, Tensor]:
+    """Return the step's unweighted losses, `<teacher>/summary` and `<teacher>/features`.
+
+    A teacher's loss is one weighted mean over the views of all partitions, each view weighted
+    by the square root of its valid positions. Nothing here waits for the device.
+    """
+    collected: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for partition in batch.partitions:
+        outputs = student(partition.images.to(device), merge_per_block=partition.merge_per_block)
+        for name, per_view in partition_losses(partition, outputs, config, device).items():
+            collected.setdefault(name, []).append(per_view)
+    return {
+        name: weighted_mean(
+            torch.cat([losses for losses, _ in parts]), torch.cat([valid for _, valid in parts])
+        )
+        for name, parts in collected.items()
+    }
+
+
+def partition_losses(
+    partition: PartitionBatch,
+    outputs: Mapping[str, StudentOutput],
+    config: Config,
+    device: torch.device,
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return (loss [b], number of valid positions [b]) by loss name for one partition.
+
+    The student projects first and is then brought to the target's grid: the other order gives
+    other gradients (lineage: cosine 0.79 between them).
+    """
+    summary_loss = SUMMARY_LOSSES[config.losses.summary]
+    feature_loss = FEATURE_LOSSES[config.losses.feature]
+    losses: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, target in partition.targets.items():
+        output, weights = outputs[name], config.teachers[name]
+        valid = target.valid.to(device)
+        if weights.feature_weight:
+            features = target.features.to(device)
+            predicted = to_grid(output.features.float(), (valid.shape[-2], valid.shape[-1]))
+            per_view = feature_loss(predicted, features, valid)
+            losses[f"{name}/features"] = per_view, valid.flatten(1).sum(1)
+        if weights.summary_weight and output.summary is not None and target.summary is not None:
+            per_view = summary_loss(output.summary.float(), target.summary.to(device))
+            losses[f"{name}/summary"] = per_view, torch.ones_like(per_view)
+    return losses
+
+
+def total_loss(losses: Mapping[str, Tensor], config: Config) -> Tensor:
+    """Return the weighted sum over teachers that is descended."""
+    weights = {
+        f"{name}/{what}": weight
+        for name, teacher in config.teachers.items()
+        for what, weight in (
+            ("summary", teacher.summary_weight),
+            ("features", teacher.feature_weight),
+        )
+    }
+    return torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()
+
+
+class _Run:
+    """One run between its folder and its stream."""
+
+    def __init__(
+        self, config: Config, stream: Stream, run: RunFolder, progress: TrainingProgress
+    ) -> None:
+        self.config, self.stream, self.run, self.progress = config, stream, run, progress
+        torch.set_num_threads(config.threads.student)
+        self.device = device_of(config)
+        self.plan: Plan = training_plan(config, len(stream.sources["train"]))
+        self.damaged: dict[str, str] = {}
+        self.num_damaged_views = 0
+        self.incarnation = 1
+        self.losses: dict[str, Tensor] = {}  # of the last step, still on the device
+        self.logged = (0, time.perf_counter())
+
+    def train(self) -> RunResult:
+        """Fit, resume, train, evaluate."""
+        config, plan = self.config, self.plan
+        self.progress.phase("fitting standardizers", config.fit.steps * len(config.stages))
+        files = fit(config, self.stream, lambda done, total: self.progress.update(done, total))
+        standardizers = read_fitted(files)
+        torch.manual_seed(seed_for(config.seed, "student"))
+        student = student_for(config, self.stream.teachers).to(self.device)
+        optimizer = build_optimizer(student, config.optimizer)
+        start = self._resume(student, optimizer)
+        before = self._rows_of(0) or self._evaluate(student, files, 0)
+        step = start
+        with StopSignal() as stop:
+            for step in self._steps(student, optimizer, files, start):
+                due = step % config.checkpoint.every_steps == 0
+                if due or stop.requested or step == plan.num_steps:
+                    self._save(student, optimizer, standardizers, step)
+                if stop.requested:
+                    raise KeyboardInterrupt
+                every = config.evaluation.every_steps
+                if every and step % every == 0 and step < plan.num_steps:
+                    self._evaluate(student, files, step)
+        after = self._rows_of(plan.num_steps) or self._evaluate(student, files, plan.num_steps)
+        if start == plan.num_steps:
+            log.info("%s is finished at step %d; nothing to train", self.run.path, start)
+        return RunResult(self.run.path, step, True, before, after, self.damaged)
+
+    def _steps(
+        self,
+        student: Student,
+        optimizer: torch.optim.Optimizer,
+        files: Mapping[str, StandardizerFile],
+        start: int,
+    ) -> Iterator[int]:
+        """Train from step `start` to the end, yielding the number of finished steps."""
+        config, plan = self.config, self.plan
+        request = Request("train", config.codec, files)
+        specs = (plan(step) for step in range(start, plan.num_steps))
+        self.progress.phase("training", plan.num_steps)
+        student.train()
+        self.logged = (start, time.perf_counter())
+        for batch in self.stream.read(specs, request, self.incarnation):
+            self.losses = self._step(student, optimizer, batch)
+            done = batch.step + 1
+            self._count_damage(batch)
+            if done % config.log_every_steps == 0 or done == plan.num_steps:
+                self._log(done, batch)
+            yield done
+
+    def _step(
+        self, student: Student, optimizer: torch.optim.Optimizer, batch: StepBatch
+    ) -> dict[str, Tensor]:
+        """One step of the algorithm."""
+        config = self.config
+        stage, stage_step = self.plan.locate(batch.step)
+        torch.manual_seed(seed_for(config.seed, "step", batch.step))
+        rate = learning_rate(config.optimizer, stage_step, config.stages[stage].steps)
+        set_learning_rate(optimizer, rate)
+        with torch.autocast(
+            self.device.type, torch.bfloat16, enabled=config.student.precision == "bf16"
+        ):
+            losses = step_losses(student, batch, config, self.device)
+        total_loss(losses, config).backward()
+        if config.optimizer.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(student.parameters(), config.optimizer.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return {name: loss.detach() for name, loss in losses.items()}
+
+    def _log(self, done: int, batch: StepBatch) -> None:
+        losses = self._finite_losses(done)
+        last, clock = self.logged
+        self.logged = (done, time.perf_counter())
+        seconds = (self.logged[1] - clock) / (done - last)
+        wait_share = min(1.0, batch.wait_seconds / seconds)
+        rate = batch.num_images / seconds
+        self.run.append(
+            {
+                "step": done,
+                "losses": losses,
+                "seconds": seconds,
+                "images_per_second": rate,
+                "wait_share": wait_share,
+                "busy_seconds": dict(batch.busy_seconds),
+                "damaged": len(self.damaged),
+            }
+        )
+        self.progress.update(done, self.plan.num_steps, describe(losses, rate, wait_share))
+
+    def _finite_losses(self, done: int) -> dict[str, float]:
+        """Return the last step's losses as numbers; a NaN names its teacher and stops the run."""
+        values = torch.stack(list(self.losses.values())).tolist()  # the only wait for the device
+        for name, value in zip(self.losses, values, strict=True):
+            if not math.isfinite(value):
+                raise RadioError(
+                    f"the loss {name} is {value} in step {done}; nothing was saved since the last "
+                    "checkpoint. Lower optimizer.lr, or look at that teacher's features"
+                )
+        return dict(zip(self.losses, values, strict=True))
+
+    def _count_damage(self, batch: StepBatch) -> None:
+        self.damaged.update(batch.damaged)
+        self.num_damaged_views += len(batch.damaged)
+        seen = (batch.step + 1) * batch.num_images
+        allowed = self.config.data.max_damaged * max(seen, 1000)
+        if self.num_damaged_views > allowed:
+            some = "".join(f"\n  {key}: {why}" for key, why in list(self.damaged.items())[:5])
+            raise RadioError(
+                f"{self.num_damaged_views} damaged views in {seen}, more than data.max_damaged="
+                f"{self.config.data.max_damaged} allows:{some}\nmend the data or raise the limit"
+            )
+
+    def _resume(self, student: Student, optimizer: torch.optim.Optimizer) -> int:
+        """Restore the newest checkpoint and return its step, or 0."""
+        path = newest_checkpoint(self.run.checkpoints)
+        if path is None:
+            self.run.cut(0)
+            return 0
+        checkpoint = load_checkpoint(path)
+        self._refuse_other_inputs(checkpoint.state)
+        restore(checkpoint, student, optimizer)
+        self.run.cut(checkpoint.step)
+        self.incarnation = int(checkpoint.state["incarnation"]) + 1
+        self.damaged = dict(checkpoint.state["damaged"])
+        self.num_damaged_views = int(checkpoint.state["num_damaged_views"])
+        if checkpoint.state["threads"] != asdict(self.config.threads):
+            log.warning("another number of threads than before: low bits may differ from now on")
+        log.info("resuming %s at step %d", self.run.path, checkpoint.step)
+        return checkpoint.step
+
+    def _refuse_other_inputs(self, state: Mapping[str, Any]) -> None:
+        for name, facts in self.stream.teachers.items():
+            if state["teachers"][name]["fingerprint"] != facts.fingerprint:
+                raise RadioError(
+                    f"teacher '{name}' has other weights or options than when {self.run.path} was "
+                    "trained; give it back its weights, or choose another out="
+                )
+        if state["data"] != self.stream.sources["train"].fingerprint:
+            raise RadioError(
+                f"data.train={self.config.data.train} holds other pictures than when "
+                f"{self.run.path} was trained; restore them, or choose another out="
+            )
+
+    def _save(
+        self,
+        student: Student,
+        optimizer: torch.optim.Optimizer,
+        standardizers: Mapping[str, Standardizer],
+        step: int,
+    ) -> None:
+        self._finite_losses(step)  # broken weights must not replace whole ones
+        state = {
+            "incarnation": self.incarnation,
+            "threads": asdict(self.config.threads),
+            "teachers": {name: asdict(facts) for name, facts in self.stream.teachers.items()},
+            "data": self.stream.sources["train"].fingerprint,
+            "damaged": self.damaged,
+            "num_damaged_views": self.num_damaged_views,
+            "versions": {"torch": torch.__version__},
+        }
+        folder, keep = self.run.checkpoints, self.config.checkpoint.keep
+        save_checkpoint(folder, step, student, optimizer, standardizers, self.config, state, keep)
+
+    def _evaluate(
+        self, student: Student, files: Mapping[str, StandardizerFile], step: int
+    ) -> list[Row]:
+        if "val" not in self.stream.sources:
+            return []
+        num_views = min(self.config.evaluation.views, len(self.stream.sources["val"]))
+        partitions = self.plan.held_out(num_views, HELD_OUT_BATCH)
+        specs = [StepSpec(at, 0, 0, (partition,)) for at, partition in enumerate(partitions)]
+        self.progress.phase("held-out fidelity", len(specs))
+        batches = self.stream.read(specs, Request("val", "float32", files), self.incarnation)
+        rows = held_out_rows(student, self._watched(batches, len(specs)), self.device)
+        self.run.append({"step": step, "held_out": [row.as_dict() for row in rows]})
+        return rows
+
+    def _watched(self, batches: Iterator[StepBatch], total: int) -> Iterator[StepBatch]:
+        for done, batch in enumerate(batches, start=1):
+            yield batch
+            self.progress.update(done, total)
+
+    def _rows_of(self, step: int) -> list[Row]:
+        """Return the held-out rows that an earlier start already measured at `step`."""
+        for record in self.run.records():
+            if record["step"] == step and "held_out" in record:
+                return [Row(**row) for row in record["held_out"]]
+        return []
+
+
+def student_for(config: Config, teachers: Mapping[str, TeacherFacts]) -> Student:
+    """Build the student of a run: a CLS token per teacher whose summary is matched."""
+    dims = {
+        name: TeacherDims(
+            facts.summary_dim if config.teachers[name].summary_weight else None, facts.feature_dim
+        )
+        for name, facts in teachers.items()
+    }
+    return build_student(
+        size=config.student.size,
+        patch_size=config.student.patch_size,
+        image_size=config.student.image_size,
+        dims=dims,
+        adaptor_hidden=config.student.adaptor_hidden,
+        adaptor_depth=config.student.adaptor_depth,
+        layer_scale=config.student.layer_scale,
+        init=config.student.init,
+    )

@@ -1,0 +1,54 @@
+"""The optimizer, by timm's names, and its schedule as a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from radio.config import OptimizerConfig
+from radio.errors import RadioError
+
+NO_DECAY = ("pos_embed", "cls_token.token")  # tables that are added, not multiplied
+
+
+def build_optimizer(student: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """Return timm's optimizer `config.name` (adamw, lamb, ...); no decay on vectors and tables.
+
+    Raises:
+        RadioError: timm knows no optimizer of that name.
+    """
+    from timm.optim import create_optimizer_v2, list_optimizers  # slow import
+
+    named = [(name, p) for name, p in student.named_parameters() if p.requires_grad]
+    plain = [p for name, p in named if p.ndim < 2 or name.endswith(NO_DECAY)]
+    decayed = [p for name, p in named if not (p.ndim < 2 or name.endswith(NO_DECAY))]
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    if config.name not in list_optimizers():
+        raise RadioError(
+            f"optimizer.name is '{config.name}'; known: {', '.join(sorted(list_optimizers()))}"
+        )
+    optimizer: torch.optim.Optimizer = create_optimizer_v2(groups, opt=config.name, lr=config.lr)
+    return optimizer
+
+
+def learning_rate(config: OptimizerConfig, stage_step: int, stage_steps: int) -> float:
+    """Return the rate of a step: linear warm-up over `warmup_steps`, then cosine to zero.
+
+    PHI-S restarts the cosine in every stage (2410.01680, A.7), so the step is the stage's own.
+    """
+    if stage_step < config.warmup_steps:
+        return config.lr * (stage_step + 1) / (config.warmup_steps + 1)
+    span = max(1, stage_steps - config.warmup_steps)
+    done = (stage_step - config.warmup_steps) / span
+    return config.lr * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give every parameter group the step's rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate

@@ -1,0 +1,73 @@
+"""Tell the person at the terminal what the run does, at which rate, and what it waits for."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+log = logging.getLogger("radio.train")
+LINE_SECONDS = 10.0  # without a terminal: a log line this often
+
+
+class TrainingProgress:
+    """A live line on stderr, or a log line every few seconds where there is no terminal."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True)
+        self.progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[text]}"),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self.task = self.progress.add_task("", total=None, text="", start=True)
+        self._last_line = 0.0
+        self._started = time.monotonic()
+        self._first: int | None = None
+
+    def __enter__(self) -> TrainingProgress:
+        self.progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.progress.stop()
+
+    def phase(self, name: str, total: int | None = None) -> None:
+        """Begin a phase: waiting for teachers, fitting, training, evaluation."""
+        self._started = time.monotonic()
+        self._first = None
+        self.progress.reset(self.task, description=name, total=total, text="")
+        if not self.console.is_terminal:
+            log.info("%s", name)
+        self._last_line = time.monotonic()
+
+    def update(self, done: int, total: int, text: str = "") -> None:
+        """Show how far the phase is, and a text beside it."""
+        self.progress.update(self.task, completed=done, total=total, text=text)
+        if self._first is None:
+            self._first = done - 1
+        now = time.monotonic()
+        if self.console.is_terminal or (now - self._last_line < LINE_SECONDS and done < total):
+            return
+        self._last_line = now
+        rate = (done - self._first) / max(1e-9, now - self._started)
+        log.info("%d/%d  %s  ETA %.0f s", done, total, text, (total - done) / rate)
+
+
+def describe(losses: Mapping[str, float], images_per_second: float, wait_share: float) -> str:
+    """Return the training line: loss per teacher, rate, share of time waiting for teachers."""
+    shown = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
+    return f"{shown}  {images_per_second:.1f} images/s  {wait_share:.0%} waiting for teachers"

@@ -1,0 +1,120 @@
+"""A run's folder: config.yaml, metrics.jsonl, checkpoints/, standardizers/, report.html, encoder/.
+
+One process at a time may hold it; the same command finds it again and resumes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from radio.config import Config, from_yaml, to_yaml
+from radio.errors import RadioError
+
+# What may differ between a run and its resumption without changing what it computes.
+FREE = ("stream", "cluster", "checkpoint", "log_every_steps", "evaluation", "threads", "device")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFolder:
+    """Paths and the metrics file of one run."""
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints are."""
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line, in order of steps."""
+        return self.path / "metrics.jsonl"
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Add one record to metrics.jsonl."""
+        with self.metrics.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return every whole record of metrics.jsonl; a line cut by a crash is left out."""
+        if not self.metrics.exists():
+            return []
+        records = []
+        for line in self.metrics.read_text().splitlines():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return records
+
+    def cut(self, step: int) -> None:
+        """Drop the records of steps that were not finished at `step`."""
+        kept = [record for record in self.records() if record["step"] <= step]
+        self.metrics.write_text("".join(json.dumps(record) + "\n" for record in kept))
+
+    def write_config(self, config: Config) -> None:
+        """Write the resolved configuration, refusing another run's folder."""
+        path = self.path / "config.yaml"
+        if path.exists():
+            refuse_changes(from_yaml(path.read_text()), config, self.path)
+        path.write_text(to_yaml(config))
+
+
+def refuse_changes(before: Config, now: Config, where: Path) -> None:
+    """Refuse to resume `where` with a configuration that would compute something else."""
+    old, new = _flat(dataclasses.asdict(before)), _flat(dataclasses.asdict(now))
+    changed = sorted(
+        key
+        for key in old.keys() | new.keys()
+        if key.split(".")[0] not in (*FREE, "out") and old.get(key) != new.get(key)
+    )
+    if changed:
+        lines = "".join(f"\n  {key}: {old.get(key)} -> {new.get(key)}" for key in changed[:8])
+        raise RadioError(
+            f"{where} holds a run with another configuration:{lines}\n"
+            "choose another out=, or delete the folder to start anew"
+        )
+
+
+@contextmanager
+def open_run(config: Config) -> Iterator[RunFolder]:
+    """Hold the run's folder; a second process is refused, a dead one's hold is gone."""
+    path = Path(config.out)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = "the disk is full" if error.errno == errno.ENOSPC else str(error)
+        raise RadioError(f"cannot make out={path}: {reason}") from error
+    lock = FileLock(path / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise RadioError(
+            f"another process is writing to {path}; wait for it, stop it, or choose another out="
+        ) from error
+    try:
+        run = RunFolder(path)
+        run.write_config(config)
+        yield run
+    finally:
+        lock.release()
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list):
+        items = {str(number): item for number, item in enumerate(value)}.items()
+    else:
+        return {prefix.removesuffix("."): value}
+    return {
+        key: leaf for name, item in items for key, leaf in _flat(item, f"{prefix}{name}.").items()
+    }

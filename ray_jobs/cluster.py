@@ -1,0 +1,72 @@
+"""Join a Ray cluster, or make one of this machine for the length of a run."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import ray
+
+from radio.config import ClusterConfig
+from radio.errors import RadioError
+
+log = logging.getLogger("ray_jobs")
+
+
+@contextmanager
+def cluster(config: ClusterConfig) -> Iterator[None]:
+    """Be connected to Ray inside the block; a local cluster is stopped after it.
+
+    `address: null` makes a local cluster with `cpus` logical CPUs (real threads come from
+    `threads`, so that four teachers fit on two cores). An address joins a running one.
+
+    Raises:
+        RadioError: nothing answers at the address.
+    """
+    if ray.is_initialized():  # a job's own driver, or a test's session, is connected already
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="radio-ray-") as folder:
+        if config.address is None:
+            _start_local(config, Path(folder))
+        else:
+            _join(config.address)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _start_local(config: ClusterConfig, folder: Path) -> None:
+    # Ray turns token authentication on for local clusters and would write ~/.ray/auth_token;
+    # a token of our own leaves the user's home and other clusters alone.
+    if "RAY_AUTH_TOKEN" not in os.environ and "RAY_AUTH_TOKEN_PATH" not in os.environ:
+        token = folder / "token"
+        token.write_text(secrets.token_hex(32))
+        token.chmod(0o600)
+        os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init(
+        address="local",
+        num_cpus=config.cpus,
+        include_dashboard=False,
+        object_store_memory=config.object_store_mb << 20,
+        _node_ip_address="127.0.0.1",
+        logging_level=logging.WARNING,
+        log_to_driver=False,
+    )
+
+
+def _join(address: str) -> None:
+    try:
+        ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise RadioError(
+            f"no Ray cluster answers at cluster.address={address} ({error}); start one with "
+            "`ray start --head`, or leave cluster.address=null for one of this machine"
+        ) from error

@@ -1,0 +1,15 @@
+"""`radio fit stream=ray`: fit the standardizers with the teachers in Ray actors."""
+
+from __future__ import annotations
+
+from radio.config import Config
+from radio.targets.fit import Progress, fit
+from radio.targets.target_maker import StandardizerFile
+from ray_jobs.cluster import cluster
+from ray_jobs.feature_stream import RayStream
+
+
+def fit_on_ray(config: Config, progress: Progress | None = None) -> dict[str, StandardizerFile]:
+    """Return each teacher's fitted standardizer file."""
+    with cluster(config.cluster), RayStream(config) as stream:
+        return fit(config, stream, progress)
