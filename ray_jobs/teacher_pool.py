@@ -23,6 +23,7 @@ from radio.targets.target_maker import (
     Request,
     TargetMaker,
     TeacherFacts,
+    build_readers,
     build_target_maker,
 )
 
@@ -50,7 +51,8 @@ class TeacherActor:
         if self._maker is None:
             torch.set_num_threads(self.config.threads.teacher)
             device = device_of(self.config)
-            self._maker = build_target_maker(self.config, self.name, self.sources, device)
+            readers = build_readers(self.config, self.sources)
+            self._maker = build_target_maker(self.config, self.name, readers, device)
         return self._maker
 
     def ready(self) -> TeacherFacts:

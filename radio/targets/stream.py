@@ -132,7 +132,7 @@ class LocalStream:
     def _build(self) -> dict[str, TargetMaker]:
         device = device_of(self.config)
         return {
-            name: build_target_maker(self.config, name, self._sources, device)
+            name: build_target_maker(self.config, name, self._readers, device)
             for name in self.config.teachers
         }
 

@@ -219,9 +219,9 @@ class TargetMaker:
 
 
 def build_target_maker(
-    config: Config, name: str, sources: Mapping[str, ImageSource], device: torch.device
+    config: Config, name: str, readers: Mapping[str, ViewReader], device: torch.device
 ) -> TargetMaker:
-    """Build a run's teacher `name` and what it needs to read its own views.
+    """Build a run's teacher `name`, reading views by `readers` (one per split).
 
     Raises:
         RadioError: unknown kind, bad options, missing or unfitting weights; names the teacher.
@@ -238,7 +238,7 @@ def build_target_maker(
         name,
         wanted.kind,
         teacher,
-        build_readers(config, sources),
+        readers,
         config.student.patch_size,
         config.data.micro_batch,
         device,

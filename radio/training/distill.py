@@ -83,6 +83,30 @@ def _local_unless(stream: Stream | None, config: Config) -> Iterator[Stream]:
         yield local
 
 
+def training_step(
+    student: Student,
+    optimizer: torch.optim.Optimizer,
+    batch: StepBatch,
+    config: Config,
+    plan: Plan,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """Take one step of the algorithm and return the unweighted losses, still on the device."""
+    stage, stage_step = plan.locate(batch.step)
+    torch.manual_seed(seed_for(config.seed, "step", batch.step))
+    rate = learning_rate(config.optimizer, stage_step, config.stages[stage].steps)
+    set_learning_rate(optimizer, rate)
+    half = config.student.precision == "bf16"
+    with torch.autocast(device.type, torch.bfloat16, enabled=half):
+        losses = step_losses(student, batch, config, device)
+    total_loss(losses, config).backward()
+    if config.optimizer.clip_norm is not None:
+        torch.nn.utils.clip_grad_norm_(student.parameters(), config.optimizer.clip_norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return {name: loss.detach() for name, loss in losses.items()}
+
+
 def step_losses(
     student: Student, batch: StepBatch, config: Config, device: torch.device
 ) -> dict[str, Tensor]:
@@ -203,32 +227,12 @@ class _Run:
         student.train()
         self.logged = (start, time.perf_counter())
         for batch in self.stream.read(specs, request, self.incarnation):
-            self.losses = self._step(student, optimizer, batch)
+            self.losses = training_step(student, optimizer, batch, config, plan, self.device)
             done = batch.step + 1
             self._count_damage(batch)
             if done % config.log_every_steps == 0 or done == plan.num_steps:
                 self._log(done, batch)
             yield done
-
-    def _step(
-        self, student: Student, optimizer: torch.optim.Optimizer, batch: StepBatch
-    ) -> dict[str, Tensor]:
-        """One step of the algorithm."""
-        config = self.config
-        stage, stage_step = self.plan.locate(batch.step)
-        torch.manual_seed(seed_for(config.seed, "step", batch.step))
-        rate = learning_rate(config.optimizer, stage_step, config.stages[stage].steps)
-        set_learning_rate(optimizer, rate)
-        with torch.autocast(
-            self.device.type, torch.bfloat16, enabled=config.student.precision == "bf16"
-        ):
-            losses = step_losses(student, batch, config, self.device)
-        total_loss(losses, config).backward()
-        if config.optimizer.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(student.parameters(), config.optimizer.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return {name: loss.detach() for name, loss in losses.items()}
 
     def _log(self, done: int, batch: StepBatch) -> None:
         losses = self._finite_losses(done)

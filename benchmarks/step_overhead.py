@@ -1,0 +1,172 @@
+"""Our training step over a bare PyTorch loop of the same models and batch, in one process.
+
+    python benchmarks/step_overhead.py [--steps 12] [--ray]
+
+The demo's four teachers and student. The bare loop is what one would write by hand: read and crop
+the pictures, run each teacher, standardize, run the student, losses, backward, optimizer. Steps of
+both loops alternate, so that a busy machine disturbs both; the figure is the median of the ratios.
+With --ray the same steps also run with the teachers in actors, and are set against both the bare
+loop and the larger of the teachers' and the student's own time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from record import write
+
+from radio.config import Config
+from radio.data.mosaic import Mosaic
+from radio.data.plan import Plan, StepSpec, seed_for, training_plan
+from radio.targets.fit import fit, read_fitted
+from radio.targets.stream import LocalStream, Stream
+from radio.targets.target_maker import Request, build_readers
+from radio.training.distill import student_for, training_step
+from radio.training.optim import build_optimizer
+from ray_jobs.demo import demo_config
+from student.model import Student
+
+
+class BareLoop:
+    """The same step without our machinery."""
+
+    def __init__(self, config: Config, stream: LocalStream, files: dict) -> None:
+        self.config, self.stream = config, stream
+        self.student = fresh_student(config, stream)
+        self.optimizer = build_optimizer(self.student, config.optimizer)
+        self.standardizers = read_fitted(files)
+        self.reader = build_readers(config, stream.sources)["train"]
+
+    def step(self, spec: StepSpec) -> None:
+        total = torch.zeros(())
+        for part in spec.partitions:
+            targets = {name: self.target(name, part) for name in part.modes}
+            images = self.reader.batch(part.views, part.image_size).pixels
+            outputs = self.student(images, merge_per_block=part.merge_per_block)
+            for name, (summary, features) in targets.items():
+                loss = F.mse_loss(outputs[name].features, features)
+                if summary is not None:
+                    cosine = F.cosine_similarity(outputs[name].summary, summary)
+                    loss = loss + 1 - cosine.mean()
+                total = total + loss
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def target(self, name, part):
+        maker = self.stream.makers[name]
+        teacher, mode = maker.teacher, part.modes[name]
+        pixels = self.reader.batch(part.views, maker.view_size(part)).pixels
+        with torch.inference_mode():
+            torch.set_num_threads(self.config.threads.teacher)
+            x = (pixels.float() / 255 - torch.tensor(teacher.mean).view(1, 3, 1, 1)) / torch.tensor(
+                teacher.std
+            ).view(1, 3, 1, 1)
+            mosaic = None
+            if mode == "mosaic":
+                mosaic = Mosaic(teacher.native_size, part.image_size, teacher.stride)
+                x = mosaic.place(x)
+            outputs = [teacher(piece) for piece in x.split(self.config.data.micro_batch)]
+            features = torch.cat([output.features for output in outputs])
+            if mosaic is not None:
+                features = mosaic.split(features, len(pixels))
+            features = self.standardizers[name].transform_map(features)
+            side = part.image_size // self.config.student.patch_size
+            if features.shape[-1] > side:
+                features = F.interpolate(
+                    features, size=(side, side), mode="bilinear", antialias=True
+                )
+            torch.set_num_threads(self.config.threads.student)
+        summary = None
+        if mode != "mosaic" and outputs[0].summary is not None:
+            summary = torch.cat([output.summary for output in outputs]).clone()
+        return summary, features.clone()
+
+
+def fresh_student(config: Config, stream: Stream) -> Student:
+    torch.manual_seed(seed_for(config.seed, "student"))
+    return student_for(config, stream.teachers).train()
+
+
+def ours(
+    config: Config, stream: Stream, plan: Plan, files: dict, steps: int
+) -> Iterator[tuple[float, float]]:
+    """Yield (seconds of each step, seconds that the student's own part took)."""
+    student = fresh_student(config, stream)
+    optimizer = build_optimizer(student, config.optimizer)
+    device = torch.device("cpu")
+    batches = stream.read((plan(step) for step in range(steps)), Request("train", "bf16", files))
+    while True:
+        started = time.perf_counter()
+        batch = next(batches, None)
+        if batch is None:
+            return
+        arrived = time.perf_counter()
+        losses = training_step(student, optimizer, batch, config, plan, device)
+        torch.stack(list(losses.values())).tolist()
+        ended = time.perf_counter()
+        yield ended - started, ended - arrived
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--ray", action="store_true")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        config = demo_config([f"out={folder}", "stream=local"])
+        from radio.data.photographs import write_photographs
+
+        write_photographs(Path(folder) / "data")
+        figures = measure(config, arguments.steps)
+        if arguments.ray:
+            figures |= measure_ray(config, arguments.steps, figures)
+    write("step_overhead", figures)
+
+
+def measure(config: Config, steps: int) -> dict:
+    with LocalStream(config) as stream:
+        plan = training_plan(config, len(stream.sources["train"]))
+        files = fit(config, stream)
+        bare = BareLoop(config, stream, files)
+        mine = ours(config, stream, plan, files, steps)
+        pairs, student_seconds = [], []
+        for step in range(steps):
+            seconds, student = next(mine)
+            started = time.perf_counter()
+            bare.step(plan(step))
+            pairs.append((seconds, time.perf_counter() - started))
+            student_seconds.append(student)
+    pairs, student_seconds = pairs[2:], student_seconds[2:]  # the first steps warm up
+    return {
+        "what": "seconds per step of the demo's models, 16 views at 128 px and 4 at 256 px",
+        "steps": len(pairs),
+        "ours_seconds": statistics.median(a for a, _ in pairs),
+        "bare_seconds": statistics.median(b for _, b in pairs),
+        "ratio": statistics.median(a / b for a, b in pairs),
+        "student_seconds": statistics.median(student_seconds),
+    }
+
+
+def measure_ray(config: Config, steps: int, local: dict) -> dict:
+    from ray_jobs.cluster import cluster
+    from ray_jobs.feature_stream import RayStream
+
+    with cluster(config.cluster), RayStream(config) as stream:
+        plan = training_plan(config, len(stream.sources["train"]))
+        files = fit(config, stream)
+        seconds = [seconds for seconds, _ in ours(config, stream, plan, files, steps)][2:]
+    median = statistics.median(seconds)
+    return {"ray_seconds": median, "ray_over_bare": median / local["bare_seconds"]}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tiny import tiny_config
+
+from radio.config import choices, from_yaml, load, load_teacher, to_yaml
+from radio.errors import RadioError
+
+
+@pytest.mark.parametrize("name", choices("experiment"))
+def test_every_experiment_composes_and_reads_back(name: str) -> None:
+    config = load([f"experiment={name}"])
+    assert from_yaml(to_yaml(config)) == config
+
+
+@pytest.mark.parametrize("group", ["student", "data", "cluster"])
+def test_every_choice_of_every_group_composes(group: str) -> None:
+    for name in choices(group):
+        load(["experiment=demo", f"{group}={name}"])
+
+
+@pytest.mark.parametrize("name", choices("teacher"))
+def test_every_teacher_can_join_a_run(name: str) -> None:
+    config = load(["experiment=demo", f"+teacher@teachers.more={name}"])
+    assert config.teachers["more"] == load_teacher(name)
+
+
+def test_the_demo_has_the_documented_keys() -> None:
+    config = load(["experiment=demo"])
+    assert list(config.teachers) == ["clip", "siglip", "dinov2", "sam"]
+    assert config.stream == "ray"
+    assert list(config.stages[0].partitions) == ["low", "high"]
+    assert config.stages[0].partitions["low"].views["sam"] == "mosaic"
+
+
+def test_an_override_reaches_its_leaf_and_nothing_else() -> None:
+    base, changed = load(["experiment=demo"]), load(["experiment=demo", "optimizer.lr=0.5"])
+    assert changed.optimizer.lr == 0.5
+    changed.optimizer.lr = base.optimizer.lr
+    assert changed == base
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["experiment=dmeo"], ["dmeo", "demo"]),
+        (["experiment=demo", "optimizer.lrr=1"], ["lrr"]),
+        (["experiment=demo", "optimizer.lr=fast"], ["lr", "fast"]),
+        (["experiment=demo", "data.train=a-{0..9}.tar"], ["quotes"]),
+        (["experiment=demo", "stream=rai"], ["stream", "rai", "local, ray"]),
+        (["experiment=demo", "teacher@teachers.clip=clipp"], ["clipp"]),
+        (["experiment=demo", "stages.0.partitions.low.image_size=100"], ["100", "96", "112"]),
+        (["experiment=demo", "stages.0.partitions.low.views.sam=tile"], ["tile", "mosaic"]),
+        (["experiment=demo", "teachers.sam.summary_weight=1"], ["sam.summary_weight", "must be 0"]),
+        (["experiment=demo", "stages.0.partitions.low.views.clip=mosaic"], ["clip", "native"]),
+        ([], ["no teachers", "experiment=demo"]),
+    ],
+)
+def test_bad_overrides_name_the_key_and_the_way_out(overrides: list[str], words: list[str]) -> None:
+    with pytest.raises(RadioError) as caught:
+        load(overrides)
+    for word in words:
+        assert word in str(caught.value), f"{word!r} not in {caught.value}"
+
+
+def test_a_quoted_brace_pattern_arrives_whole() -> None:
+    config = load(["experiment=demo", "data.train='a-{0..9}.tar'"])
+    assert config.data.train == "a-{0..9}.tar"
+
+
+def test_a_config_of_python_objects_survives_yaml(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    assert from_yaml(to_yaml(config)) == config

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pytest
+import ray
+from test_distill import losses_of, rows_of
+from tiny import tiny_config
+
+from radio.config import ClusterConfig, Config
+from radio.data.plan import StepSpec
+from radio.errors import RadioError
+from radio.targets.stream import StepBatch
+from radio.targets.target_maker import Request
+from radio.training.distill import distill
+from ray_jobs.cluster import cluster
+from ray_jobs.feature_stream import RayStream
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[None]:
+    with cluster(ClusterConfig(object_store_mb=256)):
+        yield
+
+
+@pytest.fixture(scope="module")
+def local_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return distill(tiny_config(tmp_path_factory.mktemp("local"), steps=10)).out
+
+
+class Murderer(RayStream):
+    """Kills one replica of a teacher in mid-run, in the way the operating system would."""
+
+    def __init__(self, config: Config, at: int, victim: str) -> None:
+        super().__init__(config)
+        self.at, self.victim = at, victim
+
+    def read(
+        self, specs: Iterable[StepSpec], request: Request, incarnation: int = 0
+    ) -> Iterator[StepBatch]:
+        for batch in super().read(specs, request, incarnation):
+            yield batch
+            if request.codec != "float32" and batch.step == self.at:
+                pid = ray.get(self.pools[self.victim].replicas[0].pid.remote())
+                os.kill(pid, signal.SIGKILL)
+
+
+def test_ray_and_local_give_the_same_bits(running: None, local_run: Path, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, steps=10)
+    with RayStream(config) as stream:
+        distill(config, stream)
+        assert stream.retries == 0
+    assert losses_of(config.out) == losses_of(local_run)
+    assert rows_of(config.out) == rows_of(local_run)
+
+
+def test_a_killed_teacher_changes_no_bit(running: None, local_run: Path, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, steps=10)
+    with Murderer(config, 4, "parts") as stream:
+        distill(config, stream)
+        assert stream.retries >= 1
+    assert losses_of(config.out) == losses_of(local_run)
+
+
+def test_two_replicas_change_no_bit(running: None, local_run: Path, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, steps=10)
+    config.cluster.replicas = 2
+    with RayStream(config) as stream:
+        distill(config, stream)
+    assert losses_of(config.out) == losses_of(local_run)
+
+
+def test_a_mistake_in_a_teacher_arrives_as_itself(running: None, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    config.teachers["parts"].kind = "fakee"
+    with pytest.raises(RadioError, match=r"teachers\.parts.*fakee"):
+        RayStream(config)
+
+
+def test_an_older_students_call_is_refused(running: None, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    with RayStream(config) as stream:
+        replica = stream.pools["words"].replicas[0]
+        request = Request("train", "bf16", {})
+        assert ray.get(replica.encode.remote((), request, 2)) == []
+        with pytest.raises(Exception, match="incarnation 2.*incarnation 1 came late"):
+            ray.get(replica.encode.remote((), request, 1))
+
+
+def test_a_wrong_address_is_explained(tmp_path: Path) -> None:
+    if ray.is_initialized():
+        pytest.skip("this process is connected to a cluster already")
+    with (
+        pytest.raises(RadioError, match=r"cluster\.address=127\.0\.0\.1:1.*ray start"),
+        cluster(ClusterConfig(address="127.0.0.1:1")),
+    ):
+        pass
