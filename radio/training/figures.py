@@ -85,7 +85,8 @@ def panel(
         if bottom is None and _falls_far(curves):
             _logarithmic(axes)
         axes.set_ylim(bottom, top)
-        axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
+        whole = MaxNLocator(7, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1)
+        axes.xaxis.set_major_locator(whole)
         axes.set_xlabel("step")
         axes.grid(axis="y", linewidth=0.6)
         axes.set_axisbelow(True)

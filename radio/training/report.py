@@ -232,7 +232,7 @@ def _loss_panels(
     """Draw one panel per kind of loss, a line per teacher, a rule where a stage begins."""
     at = [record["step"] for record in steps]
     lengths = [stage.steps for stage in config.stages] if config else []
-    starts = list(accumulate(lengths))[:-1]
+    starts = [start for start in list(accumulate(lengths))[:-1] if at and start < at[-1]]
     panels = []
     kinds = {loss.rpartition("/")[2] for record in steps for loss in record["losses"]}
     for kind in sorted(kinds, reverse=True):  # summary first
