@@ -17,7 +17,6 @@ from typing import Any
 
 import ray
 import torch
-from radio.data.shards import ImageSource
 from ray.exceptions import (
     GetTimeoutError,
     NodeDiedError,
@@ -28,9 +27,10 @@ from ray.exceptions import (
 
 from radio.config import Config
 from radio.data.plan import StepSpec
+from radio.data.shards import ImageSource
 from radio.errors import RadioError
-from radio.targets.stream import StepBatch, assemble, build_readers, open_sources, student_views
-from radio.targets.target_maker import CodedTarget, Request, TeacherFacts
+from radio.targets.stream import StepBatch, assemble, open_sources, student_views
+from radio.targets.target_maker import CodedTarget, Request, TeacherFacts, build_readers
 from ray_jobs.teacher_pool import TeacherPool, get, wait_until_ready
 
 log = logging.getLogger("ray_jobs")

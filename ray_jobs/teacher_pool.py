@@ -10,12 +10,11 @@ from typing import Any
 
 import ray
 import torch
-from radio.data.shards import ImageSource
-from ray.actor import ActorHandle
 from ray.exceptions import RayTaskError
 
 from radio.config import Config
 from radio.data.plan import PartitionSpec
+from radio.data.shards import ImageSource
 from radio.errors import RadioError
 from radio.targets.stream import device_of
 from radio.targets.target_maker import (
@@ -95,11 +94,11 @@ class TeacherPool:
             max_task_retries=0,  # the stream asks again itself, so that retries are seen
             runtime_env={"env_vars": {"OMP_NUM_THREADS": str(config.threads.teacher)}},
         )
-        self.replicas: list[ActorHandle] = [
+        self.replicas: list[Any] = [
             remote.remote(config, name, sources) for _ in range(config.cluster.replicas)
         ]
 
-    def owner(self, step: int, attempt: int) -> ActorHandle:
+    def owner(self, step: int, attempt: int) -> Any:
         """Return the replica that a step's attempt goes to; another attempt, another replica."""
         return self.replicas[(step + attempt) % len(self.replicas)]
 

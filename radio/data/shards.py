@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import braceexpand
 import fsspec
@@ -23,6 +23,7 @@ from radio.errors import RadioError
 EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif", "ppm")  # by preference
 
 
+@runtime_checkable
 class ImageSource(Protocol):
     """Numbered pictures; picklable, opens its files in each process anew."""
 
@@ -115,7 +116,7 @@ class ShardSource:
         self.index = index
         lengths = index.length.tolist()
         self.fingerprint = _fingerprint(zip(index.keys, lengths, strict=True))
-        self._open = threading.local()
+        self._local = threading.local()
 
     def __len__(self) -> int:
         return len(self.index.keys)
@@ -136,7 +137,9 @@ class ShardSource:
         return data
 
     def _file(self, shard: int) -> Any:
-        files: dict[int, Any] = self._open.__dict__
+        if not hasattr(self._local, "files"):
+            self._local.files = dict[int, Any]()
+        files = self._local.files
         if shard not in files:
             files[shard] = fsspec.open(self.index.shards[shard], "rb").open()
         return files[shard]
@@ -145,7 +148,7 @@ class ShardSource:
         return {"index": self.index, "fingerprint": self.fingerprint}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _open=threading.local())
+        self.__dict__.update(state, _local=threading.local())
 
 
 def index_shards(paths: Sequence[str]) -> Index:

@@ -14,22 +14,9 @@ from radio.errors import RadioError
 from radio.targets.standardize import save_standardizers
 from radio.targets.stream import LocalStream, device_of
 from radio.targets.target_maker import Request, StandardizerFile
-from radio.training.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint
+from radio.training.checkpoint import Checkpoint, find_checkpoint
 from radio.training.distill import HELD_OUT_BATCH, student_for
 from radio.training.metrics import Row, held_out_rows
-
-
-def find_checkpoint(target: Path) -> Checkpoint:
-    """Return the checkpoint that a path means: a `step-*` folder, or a run's newest."""
-    if (target / "state.yaml").exists():
-        return load_checkpoint(target)
-    newest = newest_checkpoint(target / "checkpoints")
-    if newest is None:
-        raise RadioError(
-            f"{target} is neither a run folder with checkpoints nor a checkpoint; expected for "
-            "example runs/demo or runs/demo/checkpoints/step-000060"
-        )
-    return load_checkpoint(newest)
 
 
 def fidelity(target: Path, data: str | None) -> dict[str, Any]:
@@ -41,7 +28,7 @@ def fidelity(target: Path, data: str | None) -> dict[str, Any]:
     config = _with_data(checkpoint.config, data)
     with tempfile.TemporaryDirectory() as folder, LocalStream(config) as stream:
         _same_teachers(stream, checkpoint)
-        student = student_for(config, stream.teachers)
+        student = student_for(config, stream.teachers, init=False)
         student.load_state_dict(checkpoint.model)
         path = Path(folder) / "standardizers.safetensors"
         save_standardizers(path, checkpoint.standardizers, {})

@@ -1,4 +1,4 @@
-"""Hadamard matrices, and an exact equal-diagonal rotation where no Hadamard matrix is known.
+"""Hadamard matrices, and an exact equal-diagonal rotation where none can be built.
 
 PHI-S (2410.01680) needs an orthogonal matrix that gives every channel the same variance. NVIDIA's
 code falls back to a random rotation when it knows no Hadamard matrix, which silently loses that.
@@ -18,10 +18,10 @@ from radio.errors import RadioError
 
 
 def hadamard(n: int) -> Float[Tensor, "n n"]:
-    """Return an n x n matrix of +1 and -1, float64, with H H^T = n I.
+    """Return an n x n matrix of +1 and -1, float64, with H H^T = n I exactly.
 
     Built from Sylvester's doubling, Paley's constructions I and II over prime powers, and
-    Kronecker products of these.
+    Kronecker products of whatever can be built; the same matrix every time, everywhere.
 
     Raises:
         RadioError: no matrix of this size can be built so; names the nearest sizes that can.
@@ -30,13 +30,16 @@ def hadamard(n: int) -> Float[Tensor, "n n"]:
         smaller = next((m for m in range(n - 1, 0, -1) if can_build(m)), None)
         larger = next(m for m in itertools.count(max(n + 1, 1)) if can_build(m))
         near = f"{smaller} and {larger}" if smaller else f"{larger}"
-        raise RadioError(f"no Hadamard matrix of size {n} can be built; the nearest sizes: {near}")
+        raise RadioError(
+            f"no Hadamard matrix of size {n} can be built; the nearest sizes that can: {near} "
+            "(equal_diagonal_rotation takes any size)"
+        )
     return torch.from_numpy(_build(n).astype(np.float64))
 
 
 @functools.cache
 def can_build(n: int) -> bool:
-    """Return whether `hadamard(n)` exists here."""
+    """Return whether `hadamard(n)` can be built here (which is less than whether it exists)."""
     if n in (1, 2):
         return True
     if n < 4 or n % 4:
@@ -47,39 +50,48 @@ def can_build(n: int) -> bool:
 def equal_diagonal_rotation(cov: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
     """Return an orthogonal R with R cov R^T of constant diagonal, float64.
 
-    Schur-Horn by n - 1 Givens rotations: each turns the smallest remaining variance against the
-    largest until the smaller is the mean, which it keeps.
+    Schur-Horn by at most n - 1 Givens rotations: each turns the smallest remaining variance
+    against the largest until the smaller one is the mean, where it stays. O(n^2) in all.
+
+    Args:
+        cov: symmetric; the mean of its diagonal is what every channel gets.
+
+    Raises:
+        RadioError: cov is no square matrix of finite numbers.
     """
-    moved = cov.detach().cpu().double().numpy().copy()
-    n = len(moved)
-    rotation = np.eye(n)
-    mean = np.trace(moved) / n
-    open_ = np.ones(n, dtype=bool)
-    for _ in range(n - 1):
-        diagonal = moved.diagonal()
-        low = int(np.argmin(np.where(open_, diagonal, np.inf)))
-        high = int(np.argmax(np.where(open_, diagonal, -np.inf)))
-        below, above = moved[low, low] - mean, moved[high, high] - mean
-        if not below < 0 < above:
-            break  # all that remain are at the mean already
-        cosine, sine = _givens(below, moved[low, high], above)
+    if cov.ndim != 2 or cov.shape[0] != cov.shape[1] or not bool(torch.isfinite(cov).all()):
+        raise RadioError(
+            f"an equal-diagonal rotation needs a square covariance of finite numbers, "
+            f"not one of shape {tuple(cov.shape)} or with NaN"
+        )
+    moved = cov.detach().to("cpu", torch.float64, copy=True).numpy()
+    rotation = np.eye(len(moved))
+    mean = moved.diagonal().mean()
+    above = moved.diagonal() - mean  # of the channels that are not at the mean yet
+    low, high = int(above.argmin()), int(above.argmax())
+    while above[low] < 0 < above[high]:
+        cosine, sine = _givens(above[low], moved[low, high], above[high])
         turn = np.array([[cosine, sine], [-sine, cosine]])
         pair = [low, high]
         moved[pair] = turn @ moved[pair]
         moved[:, pair] = moved[:, pair] @ turn.T
         rotation[pair] = turn @ rotation[pair]
-        moved[low, low] = mean
-        open_[low] = False
+        above[low] = 0
+        above[high] = moved[high, high] - mean
+        low, high = int(above.argmin()), int(above.argmax())
     return torch.from_numpy(rotation)
 
 
 def _givens(below: float, between: float, above: float) -> tuple[float, float]:
-    """Solve below + 2 between x + above x^2 = 0 for the smaller |x| = tan of the angle."""
-    root = np.sqrt(between * between - below * above)
-    q = -(between + np.copysign(root, between))
-    candidates = [below / q, q / above] if q else [np.sqrt(-below / above)]
-    x = min(candidates, key=abs)
-    cosine = 1 / np.sqrt(1 + x * x)
+    """Return (cosine, sine) of the smaller angle that brings a variance to the mean.
+
+    With x = tan(angle), the variance's distance from the mean after the turn is zero where
+    below + 2 between x + above x^2 = 0; below < 0 < above, so there are two roots.
+    """
+    root = np.hypot(between, np.sqrt(-below) * np.sqrt(above))
+    q = -(between + np.copysign(root, between))  # no cancellation
+    x = min(below / q, q / above, key=abs)
+    cosine = 1 / np.hypot(1, x)
     return float(cosine), float(x * cosine)
 
 
@@ -97,8 +109,9 @@ def _build(n: int) -> np.ndarray:
     return np.kron(_build(factors[0]), _build(factors[1]))
 
 
+@functools.cache
 def _factors(n: int) -> tuple[int, int] | None:
-    """Return a < b with a * b = n of which both can be built, the smallest a first."""
+    """Return a <= b with a * b = n of which both can be built, the smallest a first."""
     for a in range(2, int(n**0.5) + 1):
         if n % a == 0 and can_build(a) and can_build(n // a):
             return a, n // a
@@ -114,7 +127,7 @@ def _is_paley_2(n: int) -> bool:
 
 
 def _paley_1(n: int) -> np.ndarray:
-    """I + S, S = [[0, 1], [-1, Q]], q = n - 1 = 3 mod 4 (Q is skew)."""
+    """I + S, S = [[0, 1], [-1, Q]], q = n - 1 = 3 mod 4 (where Q is skew)."""
     matrix = np.ones((n, n), dtype=np.int8)
     matrix[1:, 0] = -1
     matrix[1:, 1:] = _jacobsthal(n - 1) + np.eye(n - 1, dtype=np.int8)
@@ -134,26 +147,23 @@ def _paley_2(n: int) -> np.ndarray:
 
 
 def _jacobsthal(q: int) -> np.ndarray:
-    """Q[a, b] = chi(a - b), the quadratic character of the field of q elements."""
+    """Q[a, b] = chi(a - b), the quadratic character of the field of q elements.
+
+    chi is 0 at zero, 1 at the other squares and -1 elsewhere. An element's number reads its
+    coefficients as digits to the base p, so zero is number 0.
+    """
     power = _prime_power(q)
     assert power is not None
     p, k = power
-    digits = _digits(p, k)
-    squares = {
-        _multiply(a, a, p, _irreducible(p, k)) for a in map(tuple, digits.tolist()) if any(a)
-    }
-    weights = p ** np.arange(k)
+    digits = np.arange(q)[:, None] // p ** np.arange(k) % p
+    modulus = _irreducible(p, k)
+    elements = [tuple(row) for row in digits.tolist()]
+    squares = {sum(c * p**i for i, c in enumerate(_multiply(a, a, p, modulus))) for a in elements}
     character = np.full(q, -1, dtype=np.int8)
+    character[list(squares)] = 1
     character[0] = 0
-    character[[int(np.dot(square, weights)) for square in squares]] = 1
-    difference = (digits[:, None, :] - digits[None, :, :]) % p
-    return character[difference @ weights]
-
-
-def _digits(p: int, k: int) -> np.ndarray:
-    """Return the p^k elements as coefficient rows, constant term first."""
-    numbers = np.arange(p**k)
-    return np.stack([numbers // p**power % p for power in range(k)], axis=1)
+    differences = ((digits[a] - digits) % p @ p ** np.arange(k) for a in range(q))
+    return np.stack([character[row] for row in differences])
 
 
 def _multiply(
@@ -169,6 +179,7 @@ def _multiply(
 
 
 def _remainder(poly: list[int], modulus: tuple[int, ...], p: int) -> list[int]:
+    """Return the remainder of a polynomial over F_p by a monic one, constant term first."""
     k = len(modulus) - 1
     rest = [value % p for value in poly]
     for top in range(len(rest) - 1, k - 1, -1):
@@ -180,7 +191,7 @@ def _remainder(poly: list[int], modulus: tuple[int, ...], p: int) -> list[int]:
 
 @functools.cache
 def _irreducible(p: int, k: int) -> tuple[int, ...]:
-    """Return the first monic polynomial of degree k without a factor of degree <= k / 2."""
+    """Return the first monic polynomial of degree k over F_p without a factor of degree <= k/2."""
     divisors = [
         (*low, 1)
         for degree in range(1, k // 2 + 1)
@@ -195,7 +206,7 @@ def _irreducible(p: int, k: int) -> tuple[int, ...]:
 
 @functools.cache
 def _prime_power(q: int) -> tuple[int, int] | None:
-    """Return (p, k) with q = p^k, or None."""
+    """Return (p, k) with q = p^k and p prime, or None."""
     if q < 2:
         return None
     p = next((d for d in range(2, int(q**0.5) + 1) if q % d == 0), q)

@@ -2,15 +2,16 @@
 
 One class holds the statistics and the map; a short function per kind turns a covariance into the
 forward matrix W and its inverse: y' = W (y - mu), y = W^-1 y' + mu. With covariance
-Sigma = U L U^T, PHI-S (2410.01680, eq. 21-26) is W = phi^-1 H U^T, phi = sqrt(mean L).
+Sigma = U L U^T, PHI-S (2410.01680, eq. 21-26) is W = phi^-1 H U^T, phi = sqrt(mean L): every
+channel gets variance 1 by one scalar, so that MSE in y' is MSE in y up to phi^2.
 """
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -21,9 +22,12 @@ from torch import Tensor
 from radio.errors import RadioError
 from radio.targets.hadamard import can_build, equal_diagonal_rotation, hadamard
 
-# No standard deviation is taken smaller than FLOOR times the root mean variance (so that constant
-# channels and missing rank divide by something), nor the root mean variance smaller than FLOOR.
-FLOOR = 1e-6
+# The smallest phi (root mean variance), so that a wholly constant teacher divides by something;
+# the smallest known teacher, DFN CLIP, has 0.03.
+PHI_FLOOR = 1e-8
+# No single standard deviation is taken smaller than this share of phi. Eigenvalues of missing
+# rank are rounding noise of about this size, and whitening must not blow that up any further.
+DEVIATION_FLOOR = 1e-6
 
 Matrix = Float[Tensor, "c c"]
 Maps = tuple[Matrix, Matrix]  # W and its inverse
@@ -31,6 +35,8 @@ Maps = tuple[Matrix, Matrix]  # W and its inverse
 
 class Standardizer:
     """Gather mean and covariance in float64, fit an affine map, apply it.
+
+    The map changes in `fit` only: rows added later count from the next `fit` on.
 
     Args:
         kind: a row of STANDARDIZERS.
@@ -42,146 +48,245 @@ class Standardizer:
         if kind not in STANDARDIZERS:
             known = ", ".join(STANDARDIZERS)
             raise RadioError(f"unknown standardizer '{kind}' of teacher '{name}'; known: {known}")
+        if num_channels < 1:
+            raise RadioError(f"teacher '{name}' has {num_channels} channels; at least 1 is needed")
         self.kind = kind
         self.num_channels = num_channels
         self.name = name
         self.count = 0
-        self.mean = torch.zeros(num_channels, dtype=torch.float64)
-        self.scatter = torch.zeros(num_channels, num_channels, dtype=torch.float64)
-        self.matrix: Tensor | None = None
-        self.inverse: Tensor | None = None
-        self._cast: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor, Tensor]] = {}
+        zeros = torch.zeros(num_channels, num_channels, dtype=torch.float64)
+        self._moments: tuple[Tensor, Tensor] | None = (zeros[0].clone(), zeros)  # mean, scatter
+        self._map: _Map | None = None
+        self._cast: dict[tuple[torch.dtype, torch.device], _Map] = {}
+        if kind == "identity":
+            self.fit()  # it has nothing to learn
+
+    def __repr__(self) -> str:
+        state = f"fitted on {self.count} positions" if self.is_fitted else "not fitted"
+        return f"Standardizer({self.kind}, '{self.name}', {self.num_channels} channels, {state})"
 
     @property
     def is_fitted(self) -> bool:
-        """Whether `transform` can be used."""
-        return self.matrix is not None
+        """Whether there is a map to apply (Identity always has one)."""
+        return self._map is not None
+
+    @property
+    def mean(self) -> Float[Tensor, " c"]:
+        """The fitted mean mu, float64; zero for Identity."""
+        return self._fitted().mean
+
+    @property
+    def matrix(self) -> Matrix:
+        """The fitted forward matrix W, float64: y' = (y - mu) @ W.T."""
+        return self._fitted().matrix
+
+    @property
+    def inverse(self) -> Matrix:
+        """The inverse of `matrix`, float64."""
+        return self._fitted().inverse
 
     def partial_fit(self, x: Float[Tensor, "n c"]) -> Standardizer:
-        """Add rows to the statistics, in float64, and return self."""
-        self._check_channels(x)
+        """Add rows to the statistics, in float64, and return self.
+
+        Raises:
+            RadioError: NaN or infinity, or another number of channels; names the teacher.
+        """
+        self._check_channels(x.shape[-1])
         rows = x.detach().to("cpu", torch.float64)
         if not bool(torch.isfinite(rows).all()):
-            raise RadioError(f"teacher '{self.name}' gave NaN or infinity; nothing can be fitted")
+            raise RadioError(
+                f"teacher '{self.name}' gave NaN or infinity, on which nothing can be fitted; check"
+                " its weights and precision (norms must stay float32)"
+            )
         mean = rows.mean(0)
         centred = rows - mean
-        self._merge(len(rows), mean, centred.T @ centred)
-        return self
+        return self._merge(len(rows), mean, centred.T @ centred)
 
     def merge(self, other: Standardizer) -> Standardizer:
-        """Add another standardizer's statistics (Chan's rule) and return self."""
+        """Add another standardizer's statistics and return self; `other` stays as it is.
+
+        Raises:
+            RadioError: another kind or number of channels, or one of the two came from a file.
+        """
         if (other.kind, other.num_channels) != (self.kind, self.num_channels):
             raise RadioError(
-                f"cannot merge {other.kind} of {other.num_channels} channels into {self.kind} of "
-                f"{self.num_channels} (teacher '{self.name}')"
+                f"cannot merge {other.kind} of {other.num_channels} channels (teacher "
+                f"'{other.name}') into {self.kind} of {self.num_channels} (teacher '{self.name}')"
             )
-        self._merge(other.count, other.mean, other.scatter)
-        return self
+        return self._merge(other.count, *other._statistics())
 
-    def _merge(self, count: int, mean: Tensor, scatter: Tensor) -> None:
-        if count == 0:
-            return
-        total = self.count + count
-        delta = mean - self.mean
-        self.scatter = (
-            self.scatter + scatter + torch.outer(delta, delta) * (self.count * count / total)
-        )
-        self.mean = self.mean + delta * (count / total)
-        self.count = total
+    def _merge(self, count: int, mean: Tensor, scatter: Tensor) -> Standardizer:
+        """Chan's rule: the scatters add, and so does that of the two means."""
+        own_mean, own_scatter = self._statistics()
+        if count:
+            total = self.count + count
+            delta = mean - own_mean
+            between = torch.outer(delta, delta) * (self.count * count / total)
+            self._moments = own_mean + delta * (count / total), own_scatter + scatter + between
+            self.count = total
+        return self
 
     def fit(self) -> Standardizer:
         """Compute the map from the statistics and return self.
 
-        The covariance is the biased one (divided by n). Eigenvector signs are canonical, but
-        eigh differs between machines in the last bits: fit once and share the file.
+        The covariance is that of the rows seen, divided by their number n (not n - 1).
+        Eigenvector signs are canonical, but eigh differs between machines in the last bits: fit
+        once and share the file. A constant channel, and directions of missing rank, take a
+        standard deviation of DEVIATION_FLOOR phi where a kind divides by their own; a teacher
+        that is constant everywhere takes PHI_FLOOR for phi.
+
+        Raises:
+            RadioError: fewer than 2 rows were seen.
         """
-        if self.count < 2:
+        mean, scatter = self._statistics()
+        if self.kind == "identity":
+            mean = torch.zeros_like(mean)
+        elif self.count < 2:
             raise RadioError(
-                f"the standardizer of teacher '{self.name}' saw {self.count} positions; raise "
-                "fit.steps"
+                f"the standardizer of teacher '{self.name}' saw {self.count} positions and needs "
+                "at least 2; raise fit.steps"
             )
-        covariance = self.scatter / self.count
-        self._set(*STANDARDIZERS[self.kind](covariance))
+        self._set(_Map(mean, *STANDARDIZERS[self.kind](scatter / max(self.count, 1))))
         return self
 
-    def _set(self, matrix: Tensor, inverse: Tensor) -> None:
-        self.matrix, self.inverse = matrix.contiguous(), inverse.contiguous()
-        self._cast.clear()
-
     def transform(self, x: Float[Tensor, "*batch c"]) -> Float[Tensor, "*batch c"]:
-        """Return y' = W (y - mu), keeping dtype and device."""
-        mean, matrix, _ = self._as(x)
-        return ((x.to(matrix.dtype) - mean) @ matrix.T).to(x.dtype)
+        """Return y' = W (y - mu), keeping dtype and device.
+
+        float64 is computed in float64, all else in float32, under autocast too.
+
+        Raises:
+            RadioError: not fitted, or fitted on another number of channels; names the teacher.
+        """
+        cast = self._cast_for(x, x.shape[-1:])
+        return _multiply(x.to(cast.mean.dtype) - cast.mean, cast.matrix).to(x.dtype)
 
     def inverse_transform(self, y: Float[Tensor, "*batch c"]) -> Float[Tensor, "*batch c"]:
-        """Return y = W^-1 y' + mu, keeping dtype and device."""
-        mean, _, inverse = self._as(y)
-        return (y.to(inverse.dtype) @ inverse.T + mean).to(y.dtype)
+        """Return y = W^-1 y' + mu, keeping dtype and device, with the precision of `transform`."""
+        cast = self._cast_for(y, y.shape[-1:])
+        return (_multiply(y.to(cast.mean.dtype), cast.inverse) + cast.mean).to(y.dtype)
 
     def transform_map(self, features: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """Standardize features whose channels are dimension 1."""
-        return self.transform(features.movedim(1, -1)).movedim(-1, 1).contiguous()
+        """Return `transform` of features whose channels are dimension 1, contiguous."""
+        cast = self._cast_for(features, features.shape[1:2])
+        centred = features.flatten(2).to(cast.mean.dtype) - cast.mean[:, None]
+        return _multiply_left(cast.matrix, centred).to(features.dtype).view(features.shape)
 
     def as_linear(self) -> tuple[Float[Tensor, "c c"], Float[Tensor, " c"]]:
         """Return (weight, bias) of the inverse, float64: y = y' @ weight.T + bias."""
-        self._require_fit()
-        assert self.inverse is not None
-        return self.inverse, self.mean
+        fitted = self._fitted()
+        return fitted.inverse, fitted.mean
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the map, or the statistics while there is no map yet; float64."""
-        state = {"count": torch.tensor(self.count), "mean": self.mean}
-        if self.matrix is None or self.inverse is None:
-            return {**state, "scatter": self.scatter}
-        return {**state, "matrix": self.matrix, "inverse": self.inverse}
+        """Return what there is of statistics and map, float64, for `load_state_dict`."""
+        state = {"count": torch.tensor(self.count)}
+        if self._moments is not None:
+            state |= {"sample_mean": self._moments[0], "scatter": self._moments[1]}
+        if self._map is not None:
+            state |= self._map._asdict()
+        return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> Standardizer:
-        """Restore what `state_dict` returned and return self."""
-        if state["mean"].shape != (self.num_channels,):
+        """Become what `state_dict` was taken of and return self.
+
+        Raises:
+            RadioError: entries are missing, or are of another number of channels.
+        """
+        c = self.num_channels
+        shapes = {"mean": (c,), "matrix": (c, c), "inverse": (c, c)}
+        shapes |= {"sample_mean": (c,), "scatter": (c, c)}
+        whole = {"mean", "matrix", "inverse"} <= set(state)
+        has_moments = {"sample_mean", "scatter"} <= set(state)
+        wrong = [k for k, v in state.items() if k != "count" and tuple(v.shape) != shapes.get(k)]
+        if wrong or "count" not in state or not (whole or has_moments):
+            found = ", ".join(f"{key} {tuple(value.shape)}" for key, value in state.items())
             raise RadioError(
-                f"a state of {len(state['mean'])} channels does not fit the standardizer of "
-                f"teacher '{self.name}' with {self.num_channels}"
+                f"a state of [{found}] does not fit the standardizer of teacher '{self.name}' with "
+                f"{c} channels; run: radio fit"
             )
-        self.count, self.mean = int(state["count"]), state["mean"].double()
-        if "scatter" in state:
-            self.scatter = state["scatter"].double()
-        else:
-            self._set(state["matrix"].double(), state["inverse"].double())
+        own = {key: value.detach().to("cpu", torch.float64) for key, value in state.items()}
+        self.count = int(state["count"])
+        self._moments = (own["sample_mean"], own["scatter"]) if has_moments else None
+        self._map = None
+        if whole:
+            self._set(_Map(own["mean"], own["matrix"], own["inverse"]))
         return self
 
-    def _as(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        self._require_fit()
-        self._check_channels(x)
-        assert self.matrix is not None and self.inverse is not None
+    def _set(self, fitted: _Map) -> None:
+        self._map = _Map(*(tensor.contiguous() for tensor in fitted))
+        self._cast.clear()
+
+    def _cast_for(self, x: Tensor, channels: torch.Size) -> _Map:
+        """Return the map in the precision and place of x, a diagonal matrix as its diagonal."""
+        self._check_channels(*channels)
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         key = (dtype, x.device)
         if key not in self._cast:
-            maps = (self.mean, self.matrix, self.inverse)
-            mean, matrix, inverse = (tensor.to(x.device, dtype) for tensor in maps)
-            self._cast[key] = mean, matrix, inverse
+            fitted = self._fitted()
+            diagonal = bool((fitted.matrix == fitted.matrix.diagonal().diag()).all())
+            parts = [fitted.mean, fitted.matrix, fitted.inverse]
+            if diagonal:
+                parts[1:] = [part.diagonal() for part in parts[1:]]
+            # Made in inference mode they could not take part in a later backward.
+            with torch.inference_mode(False):
+                self._cast[key] = _Map(*(part.to(x.device, dtype, copy=True) for part in parts))
         return self._cast[key]
 
-    def _require_fit(self) -> None:
-        if self.matrix is None:
+    def _fitted(self) -> _Map:
+        if self._map is None:
             raise RadioError(
-                f"the standardizer of teacher '{self.name}' is not fitted; run `radio fit`"
+                f"the standardizer of teacher '{self.name}' is not fitted; run: radio fit "
+                "(or partial_fit and fit it)"
             )
+        return self._map
 
-    def _check_channels(self, x: Tensor) -> None:
-        if x.shape[-1] != self.num_channels:
+    def _statistics(self) -> tuple[Tensor, Tensor]:
+        if self._moments is None:
             raise RadioError(
-                f"teacher '{self.name}' has {x.shape[-1]} channels but its standardizer has "
+                f"the standardizer of teacher '{self.name}' came from a file, which holds no "
+                "statistics to add to; fit a new one"
+            )
+        return self._moments
+
+    def _check_channels(self, found: int) -> None:
+        if found != self.num_channels:
+            raise RadioError(
+                f"teacher '{self.name}' has {found} channels but its standardizer was fitted on "
                 f"{self.num_channels}; run: radio fit"
             )
 
 
+class _Map(NamedTuple):
+    """y' = matrix (y - mean), y = inverse y' + mean; [c] for [c, c] stands for a diagonal."""
+
+    mean: Tensor
+    matrix: Tensor
+    inverse: Tensor
+
+
+def _multiply(x: Tensor, matrix: Tensor) -> Tensor:
+    if matrix.ndim == 1:
+        return x * matrix
+    with torch.autocast(x.device.type, enabled=False):
+        return x @ matrix.T
+
+
+def _multiply_left(matrix: Tensor, x: Tensor) -> Tensor:
+    if matrix.ndim == 1:
+        return matrix[:, None] * x
+    with torch.autocast(x.device.type, enabled=False):
+        return matrix @ x
+
+
 def _eigen(covariance: Matrix) -> tuple[Tensor, Matrix, float]:
-    """Return eigenvalues (clipped at 0), canonical eigenvectors in columns, and phi."""
+    """Return eigenvalues (clipped at 0), canonical eigenvectors in columns, and phi.
+
+    An eigenvector's largest entry is positive, the first of them on ties.
+    """
     values, vectors = torch.linalg.eigh(covariance)
     values = values.clamp_min(0)
     largest = vectors.abs().argmax(0)
     signs = vectors.gather(0, largest[None]).sign()
-    return values, vectors * signs, max(float(values.mean().sqrt()), FLOOR)
+    return values, vectors * signs, max(float(values.mean().sqrt()), PHI_FLOOR)
 
 
 def _rotation(values: Tensor) -> Matrix:
@@ -193,46 +298,54 @@ def _rotation(values: Tensor) -> Matrix:
 
 
 def _phi_s(covariance: Matrix) -> Maps:
+    """phi^-1 H U^T."""
     values, vectors, phi = _eigen(covariance)
     rotation = _rotation(values) @ vectors.T
     return rotation / phi, rotation.T * phi
 
 
 def _global_scale(covariance: Matrix) -> Maps:
-    phi = max(float(covariance.diagonal().clamp_min(0).mean().sqrt()), FLOOR)
+    """phi^-1 I."""
+    phi = max(float(covariance.diagonal().mean().sqrt()), PHI_FLOOR)
     eye = torch.eye(len(covariance), dtype=torch.float64)
     return eye / phi, eye * phi
 
 
 def _per_channel(covariance: Matrix) -> Maps:
-    variances = covariance.diagonal().clamp_min(0)
-    deviations = variances.sqrt().clamp_min(FLOOR * max(float(variances.mean().sqrt()), FLOOR))
+    """diag(Sigma)^-1/2."""
+    variances = covariance.diagonal()
+    phi = max(float(variances.mean().sqrt()), PHI_FLOOR)
+    deviations = variances.sqrt().clamp_min(DEVIATION_FLOOR * phi)
     return torch.diag(1 / deviations), torch.diag(deviations)
 
 
-def _whitening(covariance: Matrix, turn: Callable[[Matrix], Matrix]) -> Maps:
+def _whitening(covariance: Matrix, turn: Callable[[Tensor, Matrix], Matrix]) -> Maps:
+    """R L^-1/2 U^T, with R = turn(eigenvalues, U) orthogonal."""
     values, vectors, phi = _eigen(covariance)
-    deviations = values.sqrt().clamp_min(FLOOR * phi)
-    left = turn(vectors)
+    deviations = values.sqrt().clamp_min(DEVIATION_FLOOR * phi)
+    left = turn(values, vectors)
     return left @ (vectors / deviations).T, (vectors * deviations) @ left.T
 
 
 def _pca(covariance: Matrix) -> Maps:
-    return _whitening(covariance, lambda vectors: torch.eye(len(vectors), dtype=torch.float64))
+    """L^-1/2 U^T."""
+    return _whitening(covariance, lambda values, _: torch.eye(len(values), dtype=torch.float64))
 
 
 def _zca(covariance: Matrix) -> Maps:
-    return _whitening(covariance, lambda vectors: vectors)
+    """U L^-1/2 U^T."""
+    return _whitening(covariance, lambda _, vectors: vectors)
 
 
 def _hadamard(covariance: Matrix) -> Maps:
-    spread = torch.ones(len(covariance), dtype=torch.float64)
-    return _whitening(covariance, lambda vectors: _rotation(spread))
+    """H L^-1/2 U^T: an error in any whitened channel costs the same in y."""
+    return _whitening(covariance, lambda values, _: _rotation(values))
 
 
 def _identity(covariance: Matrix) -> Maps:
+    """I."""
     eye = torch.eye(len(covariance), dtype=torch.float64)
-    return eye, eye
+    return eye, eye.clone()
 
 
 STANDARDIZERS: dict[str, Callable[[Matrix], Maps]] = {
@@ -249,56 +362,3 @@ STANDARDIZERS: dict[str, Callable[[Matrix], Maps]] = {
 def make_standardizer(kind: str, num_channels: int, name: str = "") -> Standardizer:
     """Return an unfitted standardizer of a kind in STANDARDIZERS."""
     return Standardizer(kind, num_channels, name)
-
-
-PhiS = functools.partial(Standardizer, "phi_s")
-GlobalScale = functools.partial(Standardizer, "global_scale")
-PerChannel = functools.partial(Standardizer, "per_channel")
-PcaWhitening = functools.partial(Standardizer, "pca")
-ZcaWhitening = functools.partial(Standardizer, "zca")
-HadamardWhitening = functools.partial(Standardizer, "hadamard")
-Identity = functools.partial(Standardizer, "identity")
-
-
-def save_standardizers(
-    path: Path, standardizers: Mapping[str, Standardizer], metadata: Mapping[str, str]
-) -> None:
-    """Write fitted standardizers into one safetensors file, kinds and metadata in its header."""
-    tensors = {
-        f"{name}|{key}": value
-        for name, standardizer in standardizers.items()
-        for key, value in standardizer.state_dict().items()
-    }
-    kinds = {name: standardizer.kind for name, standardizer in standardizers.items()}
-    # The header's order is not stable between runs, a single entry is.
-    header = json.dumps({"kinds": kinds, **metadata}, sort_keys=True)
-    save_file(tensors, path, metadata={"radio": header})
-
-
-def load_standardizers(path: Path) -> dict[str, Standardizer]:
-    """Read what `save_standardizers` wrote.
-
-    Raises:
-        RadioError: the file is missing, cut, or something else.
-    """
-    kinds = json.loads(read_metadata(path)["kinds"])
-    with safe_open(path, "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 no mapping
-    loaded = {}
-    for name, kind in kinds.items():
-        prefix = f"{name}|"
-        state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        loaded[name] = Standardizer(kind, len(state["mean"]), name).load_state_dict(state)
-    return loaded
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """Return a standardizer file's metadata; `kinds` is JSON of the kind by teacher."""
-    try:
-        with safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {})["radio"])
-    except (OSError, SafetensorError, KeyError) as error:
-        raise RadioError(
-            f"{path} is no whole standardizer file ({error}); run `radio fit` to make it again"
-        ) from error
-    return {**header, "kinds": json.dumps(header["kinds"])}

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, UInt8
@@ -73,6 +73,7 @@ class StepBatch:
         return sum(len(partition.images) for partition in self.partitions)
 
 
+@runtime_checkable
 class Stream(Protocol):
     """Where targets come from: LocalStream, or ray_jobs.feature_stream.RayStream."""
 
@@ -202,7 +203,7 @@ def assemble(
         RadioError: a teacher used other pictures than the student (joins are by key, never by
             position alone).
     """
-    partitions, damaged, busy = [], {}, dict[str, float]()
+    partitions, damaged, busy = [], dict[str, str](), dict[str, float]()
     for partition, views, targets in zip(spec.partitions, student, coded, strict=True):
         damaged.update(views.replaced)
         for name, target in targets.items():

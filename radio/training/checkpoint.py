@@ -132,6 +132,19 @@ def load_checkpoint(path: Path) -> Checkpoint:
     )
 
 
+def find_checkpoint(target: Path) -> Checkpoint:
+    """Load the checkpoint that a path means: a `step-*` folder, or a run's newest."""
+    if (target / "state.yaml").exists():
+        return load_checkpoint(target)
+    newest = newest_checkpoint(target / "checkpoints")
+    if newest is None:
+        raise RadioError(
+            f"{target} is neither a run folder with checkpoints nor a checkpoint; expected for "
+            "example runs/demo or runs/demo/checkpoints/step-000060"
+        )
+    return load_checkpoint(newest)
+
+
 def newest_checkpoint(folder: Path) -> Path | None:
     """Return the `step-*` folder with the highest step, or None."""
     return max(folder.glob("step-*"), key=lambda path: path.name, default=None)
@@ -139,7 +152,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 def optimizer_tensors(student: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Return the optimizer's state as `<parameter>|<slot>` tensors."""
-    names = {parameter: name for name, parameter in student.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in student.named_parameters()}
     return {
         f"{names[parameter]}|{slot}": value.detach().contiguous()
         for parameter, slots in optimizer.state.items()

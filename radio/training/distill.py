@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from student.model import Student, StudentOutput, TeacherDims, build_student
 from torch import Tensor
 
 from radio.config import Config, check
@@ -37,9 +36,12 @@ from radio.training.checkpoint import (
 from radio.training.losses import FEATURE_LOSSES, SUMMARY_LOSSES, weighted_mean
 from radio.training.metrics import Row, held_out_rows
 from radio.training.optim import build_optimizer, learning_rate, set_learning_rate
+from radio.training.pictures import report_pictures
 from radio.training.progress import TrainingProgress, describe
+from radio.training.report import write_report
 from radio.training.run_folder import RunFolder, open_run
 from radio.training.stop import StopSignal
+from student.model import Student, StudentOutput, TeacherDims, build_student
 
 log = logging.getLogger("radio.train")
 HELD_OUT_BATCH = 16  # views of a held-out batch; a teacher's micro-batches are inside it
@@ -99,7 +101,7 @@ def training_step(
     half = config.student.precision == "bf16"
     with torch.autocast(device.type, torch.bfloat16, enabled=half):
         losses = step_losses(student, batch, config, device)
-    total_loss(losses, config).backward()
+    torch.autograd.backward(total_loss(losses, config))
     if config.optimizer.clip_norm is not None:
         torch.nn.utils.clip_grad_norm_(student.parameters(), config.optimizer.clip_norm)
     optimizer.step()
@@ -208,6 +210,7 @@ class _Run:
                 if every and step % every == 0 and step < plan.num_steps:
                     self._evaluate(student, files, step)
         after = self._rows_of(plan.num_steps) or self._evaluate(student, files, plan.num_steps)
+        self._report(student, files)
         if start == plan.num_steps:
             log.info("%s is finished at step %d; nothing to train", self.run.path, start)
         return RunResult(self.run.path, step, True, before, after, self.damaged)
@@ -323,7 +326,7 @@ class _Run:
             "data": self.stream.sources["train"].fingerprint,
             "damaged": self.damaged,
             "num_damaged_views": self.num_damaged_views,
-            "versions": {"torch": torch.__version__},
+            "versions": {"torch": str(torch.__version__)},
         }
         folder, keep = self.run.checkpoints, self.config.checkpoint.keep
         save_checkpoint(folder, step, student, optimizer, standardizers, self.config, state, keep)
@@ -342,6 +345,13 @@ class _Run:
         self.run.append({"step": step, "held_out": [row.as_dict() for row in rows]})
         return rows
 
+    def _report(self, student: Student, files: Mapping[str, StandardizerFile]) -> None:
+        request = Request("val", "float32", files)
+        pictures = report_pictures(
+            student, self.stream, self.plan, request, self.incarnation, self.device
+        )
+        write_report(self.run.path, pictures)
+
     def _watched(self, batches: Iterator[StepBatch], total: int) -> Iterator[StepBatch]:
         for done, batch in enumerate(batches, start=1):
             yield batch
@@ -355,8 +365,11 @@ class _Run:
         return []
 
 
-def student_for(config: Config, teachers: Mapping[str, TeacherFacts]) -> Student:
-    """Build the student of a run: a CLS token per teacher whose summary is matched."""
+def student_for(config: Config, teachers: Mapping[str, TeacherFacts], init: bool = True) -> Student:
+    """Build the student of a run: a CLS token per teacher whose summary is matched.
+
+    Without `init` a warm start is not read, since the weights are about to be replaced.
+    """
     dims = {
         name: TeacherDims(
             facts.summary_dim if config.teachers[name].summary_weight else None, facts.feature_dim
@@ -371,5 +384,5 @@ def student_for(config: Config, teachers: Mapping[str, TeacherFacts]) -> Student
         adaptor_hidden=config.student.adaptor_hidden,
         adaptor_depth=config.student.adaptor_depth,
         layer_scale=config.student.layer_scale,
-        init=config.student.init,
+        init=config.student.init if init else None,
     )

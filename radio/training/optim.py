@@ -30,7 +30,7 @@ def build_optimizer(student: nn.Module, config: OptimizerConfig) -> torch.optim.
     ]
     if config.name not in list_optimizers():
         raise RadioError(
-            f"optimizer.name is '{config.name}'; known: {', '.join(sorted(list_optimizers()))}"
+            f"optimizer.name is '{config.name}'; known: {', '.join(map(str, list_optimizers()))}"
         )
     optimizer: torch.optim.Optimizer = create_optimizer_v2(groups, opt=config.name, lr=config.lr)
     return optimizer

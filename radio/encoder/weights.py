@@ -1,0 +1,153 @@
+"""An encoder's weights in our names, and the modules that they fill."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from radio.encoder.layout import State
+from radio.errors import RadioError
+from student.adaptors import MlpAdaptor
+from student.positions import eval_positions
+from student.vit import SIZES, PatchGenerator, VisionTransformer, VitShape
+
+HEADS = ("summary", "features")
+# NVIDIA's files do not say the number of attention heads; timm's ViTs of these widths have these.
+HEADS_OF_WIDTH = {**{shape.width: shape.heads for shape in SIZES.values()}, 1408: 16, 1536: 24}
+
+
+@dataclass(frozen=True)
+class TeacherHeads:
+    """One teacher's heads: MlpAdaptor states by "summary" and "features".
+
+    `cls_row` is the CLS row that the summary head reads; `left_out` says of each head that the
+    file has but MlpAdaptor cannot hold why; `facts` go into config.json as they are.
+    """
+
+    cls_row: int | None
+    states: dict[str, State]
+    left_out: dict[str, str] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class EncoderWeights:
+    """All that an encoder is: backbone state (LayerScale folded), heads, and how to read them.
+
+    `align_corners` is that of the position table's resize in eval: True for NVIDIA's old files.
+    """
+
+    backbone: State
+    num_heads: int
+    num_cls: int
+    summary_rows: tuple[int, ...]
+    teachers: dict[str, TeacherHeads] = field(default_factory=dict)
+    align_corners: bool = False
+    image_size: int = 512  # px, what the preprocessor resizes to
+    origin: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def shape(self) -> VitShape:
+        """The ViT's shape, read off the tensors."""
+        hidden, width = self._tensor("blocks.0.mlp.fc1.weight").shape
+        depth = 1 + max(int(k.split(".")[1]) for k in self.backbone if k.startswith("blocks."))
+        return VitShape(width, depth, self.num_heads, hidden)
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels per token and side."""
+        return math.isqrt(self._tensor("patch_generator.embedder.weight").shape[1] // 3)
+
+    @property
+    def table_size(self) -> int:
+        """Side in px of the square that the position table covers."""
+        return math.isqrt(self._tensor("patch_generator.pos_embed").shape[1]) * self.patch_size
+
+    @property
+    def num_registers(self) -> int:
+        """Prefix tokens that are no CLS rows."""
+        return len(self._tensor("patch_generator.cls_token.token")) - self.num_cls
+
+    def _tensor(self, key: str) -> Tensor:
+        if key not in self.backbone:
+            raise RadioError(f"these are no RADIO weights: '{key}' is missing")
+        return self.backbone[key]
+
+
+def heads_of_width(width: int) -> int:
+    """Return the attention heads of the usual ViT of a width."""
+    if width not in HEADS_OF_WIDTH:
+        known = ", ".join(map(str, sorted(HEADS_OF_WIDTH)))
+        raise RadioError(f"no usual ViT is {width} wide, so its heads are unknown; known: {known}")
+    return HEADS_OF_WIDTH[width]
+
+
+class AlignedPatchGenerator(PatchGenerator):
+    """The patch generator of NVIDIA's old files, which resized the table with aligned corners."""
+
+    def forward(self, images: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch tokens width"]:
+        """Return prefix and patches, as in eval."""
+        rows, columns = (side // self.patch_size for side in images.shape[-2:])
+        patches = self.embedder(self.patchify(images).to(self.embedder.weight.dtype))
+        patches = patches + eval_positions(self.pos_embed, rows, columns, align_corners=True)
+        prefix = self.cls_token.token.to(patches.dtype).expand(len(images), -1, -1)
+        return torch.cat([prefix, patches], dim=1)
+
+
+def build_backbone(weights: EncoderWeights) -> VisionTransformer:
+    """Build the backbone and load it strictly; its tensors are those of `weights`.
+
+    Raises:
+        RadioError: keys are missing, too many, or of other shapes.
+    """
+    with torch.device("meta"):  # nothing is initialised only to be thrown away
+        backbone = VisionTransformer(
+            weights.shape,
+            patch_size=weights.patch_size,
+            image_size=weights.table_size,
+            num_cls=weights.num_cls,
+            num_registers=weights.num_registers,
+        )
+        if weights.align_corners:
+            backbone.patch_generator = AlignedPatchGenerator(
+                backbone.width,
+                backbone.patch_size,
+                backbone.image_size // backbone.patch_size,
+                backbone.num_cls + backbone.num_registers,
+            )
+    _fill(backbone, weights.backbone, "the backbone")
+    return backbone
+
+
+def build_heads(teachers: Mapping[str, TeacherHeads]) -> nn.ModuleDict:
+    """Build every teacher's heads: ModuleDict teacher -> ModuleDict "summary" | "features"."""
+    heads = nn.ModuleDict()
+    for name, teacher in teachers.items():
+        heads[name] = nn.ModuleDict(
+            {kind: _build_head(f"{name}:{kind}", s) for kind, s in teacher.states.items()}
+        )
+    return heads
+
+
+def _build_head(name: str, state: State) -> MlpAdaptor:
+    hidden, width = state["fc1.weight"].shape
+    depth = 2 + len({key.split(".")[1] for key in state if key.startswith("blocks.")})
+    with torch.device("meta"):
+        head = MlpAdaptor(width, len(state["final.2.weight"]), hidden, depth)
+    _fill(head, state, f"the head {name}")
+    return head
+
+
+def _fill(module: nn.Module, state: State, what: str) -> None:
+    try:
+        module.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        raise RadioError(f"the weights do not fit {what}: {error}") from error
+    module.requires_grad_(False)
+    module.eval()
