@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from student.token_merging import MergedTokens, merge_tokens, unmerge
-
     from radio.config import load as load_config
     from radio.data.mosaic import Mosaic
     from radio.encoder.encoder import Encoder, load
@@ -33,6 +31,7 @@ if TYPE_CHECKING:
     )
     from radio.targets.stream import LocalStream, PartitionBatch, StepBatch, Target
     from radio.training.distill import distill
+    from student.token_merging import MergedTokens, merge_tokens, unmerge
 
 _HOMES = {
     "radio.config": ["load_config"],

@@ -7,6 +7,7 @@ returns plain dataclasses; no DictConfig goes further than this file.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -300,6 +301,13 @@ def _one_of(key: str, value: str, known: Sequence[str]) -> None:
 
 def _explain(error: Exception) -> str:
     """Return Hydra's message and, for the usual slips, the way out."""
+    missing = re.search(r"missing mandatory value: .*\n\s*full_key: (\S+)", str(error))
+    if missing:
+        experiments = ", ".join(choices("experiment"))
+        return (
+            f"{missing[1]} has no value; give {missing[1]}=... or choose an experiment "
+            f"(experiment=NAME; there are: {experiments})"
+        )
     text = str(error).strip()
     if error.__cause__ is not None and str(error.__cause__) not in text:
         text = f"{text}\n{error.__cause__}"

@@ -10,13 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from radio.config import Config, load
 from radio.data.photographs import write_photographs
 from radio.encoder.encoder import load as load_encoder
 from radio.encoder.fuse import fuse
-from radio.extraction.encode import encode
-
-from radio.config import Config, load
 from radio.errors import RadioError
+from radio.extraction.encode import encode
 from radio.training.distill import RunResult
 from ray_jobs.train import train
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from student.positions import (
     eval_positions,
     random_viewports,
@@ -101,5 +102,5 @@ def test_gradients_reach_the_table() -> None:
 
 
 def test_a_table_that_is_no_square_is_refused() -> None:
-    with pytest.raises(ValueError, match="12 cells.*9 and 16"):
+    with pytest.raises(ValueError, match=r"12 cells.*9 and 16"):
         eval_positions(torch.zeros(1, 12, 2), 2, 2)

@@ -1,8 +1,9 @@
 """The demo's pictures: photographs inside the scikit-image and scikit-learn wheels, as shards.
 
-Drawings, text pages and test patterns of the wheels are left out; the two motorcycle pictures are a
-stereo pair and stay on one side. The wheels' own README files name authors and licences (public
-domain, CC0 and CC BY); nothing is downloaded.
+Nothing is downloaded, and nothing is in this package: each picture stays under its author's terms,
+which `CREDITS` names as the two libraries state them. Their drawings, text pages, test patterns,
+computed pictures and those under 300 pixels are left out. The two motorcycles are a stereo pair,
+so both are trained on.
 """
 
 from __future__ import annotations
@@ -10,59 +11,109 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import webdataset
 from PIL import Image
 
 from radio.data.decode import decode
 from radio.data.plan import seed_for
+from radio.data.shards import write_shards
 from radio.data.views import random_crop
 from radio.errors import RadioError
 
-TRAIN = (
-    "astronaut.png", "brick.png", "camera.png", "chelsea.png", "china.jpg", "coins.png",
-    "grass.png", "gravel.png", "hubble_deep_field.jpg", "moon.png", "motorcycle_left.png",
-    "motorcycle_right.png", "retina.jpg", "rocket.jpg",
-)  # fmt: skip
-VAL = ("coffee.png", "flower.jpg", "clock_motion.png", "ihc.png")
-CROPS = {"train": 40, "val": 16}
-SHORT_SIDE = 288  # of a crop in pixels: a little more than the largest view of the demo
-AREA = (0.25, 1.0)
+FOLDERS = {"scikit-image": ("skimage", "data"), "scikit-learn": ("sklearn", "datasets/images")}
+CROPS = {"train": 40, "val": 16}  # of each photograph
+SHORT_SIDE = 288  # of a crop in pixels, at most: a little more than the demo's largest view
+AREA = (0.25, 1.0)  # of the photograph
+JPEG_QUALITY = 95
+
+
+@dataclass(frozen=True)
+class Credit:
+    """Whose photograph it is, under which terms, and on which side of the demo it stands."""
+
+    split: str
+    library: str
+    subject: str
+    author: str
+    terms: str
+
+
+def _skimage(split: str, subject: str, author: str, terms: str) -> Credit:
+    return Credit(split, "scikit-image", subject, author, terms)
+
+
+def _sklearn(split: str, subject: str, author: str) -> Credit:
+    return Credit(split, "scikit-learn", subject, author, "CC BY 2.0")
+
+
+MIDDLEBURY = "Middlebury 2014 stereo benchmark, Scharstein and others"
+CREDITS = {
+    "astronaut.png": _skimage("train", "Eileen Collins", "NASA", "public domain"),
+    "brick.png": _skimage("train", "brick wall", "CC0Textures", "CC0"),
+    "camera.png": _skimage("train", "photographer", "Lav Varshney", "CC0"),
+    "chelsea.png": _skimage("train", "cat", "Stefan van der Walt", "CC0"),
+    "china.jpg": _sklearn("train", "summer palace", "danielbuechele, Flickr 6061409035"),
+    "clock_motion.png": _skimage("val", "blurred clock", "Stefan van der Walt", "public domain"),
+    "coffee.png": _skimage("val", "cup of coffee", "Rachel Michetti, Pikolo Espresso Bar", "CC0"),
+    "coins.png": _skimage("train", "Greek coins", "Brooklyn Museum", "no known restrictions"),
+    "flower.jpg": _sklearn("val", "dahlia", "vultilion, Flickr 6056698931"),
+    "grass.png": _skimage("train", "grass", "linolafett, DeviantArt", "CC0"),
+    "gravel.png": _skimage("train", "gravel", "CC0Textures", "CC0"),
+    "hubble_deep_field.jpg": _skimage("train", "galaxies", "NASA, HubbleSite", "public domain"),
+    "ihc.png": _skimage("val", "stained colon", "CMMI", "no known restrictions"),
+    "moon.png": _skimage("train", "surface of the moon", "not stated", "not stated"),
+    "motorcycle_left.png": _skimage("train", "motorcycle", MIDDLEBURY, "not stated; cite"),
+    "motorcycle_right.png": _skimage("train", "motorcycle", MIDDLEBURY, "not stated; cite"),
+    "retina.jpg": _skimage("train", "human retina", "Mikael Häggström", "CC0"),
+    "rocket.jpg": _skimage("train", "Falcon 9 before launch", "SpaceX", "public domain"),
+}
+TRAIN = tuple(name for name, credit in CREDITS.items() if credit.split == "train")
+VAL = tuple(name for name, credit in CREDITS.items() if credit.split == "val")
 
 
 def write_photographs(out: Path, seed: int = 0) -> dict[str, Path]:
     """Write `train-000000.tar` and `val-000000.tar` of seeded crops and return their paths.
 
     14 photographs are trained on with 40 crops each, 4 are held out with 16 each; fields `jpg`
-    and `json` (source, box in its pixels). The same seed gives the same bytes.
+    (short side at most 288 pixels, never enlarged) and `json` (source, box in its pixels). The
+    same seed and libraries give the same bytes.
 
     Raises:
-        RadioError: scikit-image or scikit-learn is not installed.
+        RadioError: scikit-image or scikit-learn is not installed, or lacks a photograph.
     """
     out.mkdir(parents=True, exist_ok=True)
     paths = {}
     for split, names in (("train", TRAIN), ("val", VAL)):
-        temporary, final = out / f".{split}.tmp", out / f"{split}-000000.tar"
-        crops = (_crops(name, CROPS[split], seed) for name in names)
-        write_shard(temporary, (sample for some in crops for sample in some))
-        temporary.replace(final)
-        paths[split] = final
+        samples = (crop for name in names for crop in _crops(name, CROPS[split], seed))
+        (paths[split],) = write_shards(samples, out / f"{split}-%06d.tar", max_bytes=1 << 40)
     return paths
 
 
-def write_shard(path: Path, samples: Iterable[dict[str, Any]]) -> None:
-    """Write samples (`__key__` and bytes by field) as one tar with fixed metadata."""
-    with webdataset.TarWriter(str(path), mtime=0, user="radio", group="radio") as writer:
-        for sample in samples:
-            writer.write(sample)
-
-
 def photograph(name: str) -> Image.Image:
-    """Return one of the wheels' photographs in RGB."""
-    return decode((_folder_of(name) / name).read_bytes())
+    """Return one of CREDITS' photographs, whole and in RGB.
+
+    Raises:
+        RadioError: its library is not installed, or lacks it.
+    """
+    return decode(_path_of(name).read_bytes())
+
+
+def held_out_pictures() -> dict[str, Image.Image]:
+    """Return the held-out photographs, whole and in RGB, by name without extension."""
+    return {Path(name).stem: photograph(name) for name in VAL}
+
+
+def credits_table() -> str:
+    """Return the credits as a Markdown table."""
+    rows = ["| picture | from | shows | by | terms | side |", "|---|---|---|---|---|---|"]
+    for name, who in CREDITS.items():
+        cells = (f"`{name}`", who.library, who.subject, who.author, who.terms, who.split)
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
 
 
 def _crops(name: str, count: int, seed: int) -> Iterator[dict[str, Any]]:
@@ -70,31 +121,33 @@ def _crops(name: str, count: int, seed: int) -> Iterator[dict[str, Any]]:
     stem = Path(name).stem
     for number in range(count):
         crop_seed = seed_for(seed, f"photograph/{name}", number)
-        crop = random_crop(*image.size, crop_seed, AREA)
-        width, height = crop.box[2] - crop.box[0], crop.box[3] - crop.box[1]
-        scale = SHORT_SIDE / min(width, height)
+        box = random_crop(*image.size, crop_seed, AREA).box
+        width, height = box[2] - box[0], box[3] - box[1]
+        scale = min(1.0, SHORT_SIDE / min(width, height))
         size = round(width * scale), round(height * scale)
-        view = image.resize(size, Image.Resampling.BICUBIC, box=crop.box)
+        view = image.resize(size, Image.Resampling.BICUBIC, box=box)
         buffer = io.BytesIO()
-        view.save(buffer, "JPEG", quality=92)
-        facts = {"source": name, "box": [round(side, 2) for side in crop.box]}
+        view.save(buffer, "JPEG", quality=JPEG_QUALITY)
         yield {
             "__key__": f"{stem}-{number:02d}",
             "jpg": buffer.getvalue(),
-            "json": json.dumps(facts).encode(),
+            "json": json.dumps({"source": name, "box": list(box)}).encode(),
         }
 
 
-def _folder_of(name: str) -> Path:
-    """Find the wheel's folder without importing the package, which takes seconds."""
-    for package, inside in (("skimage", "data"), ("sklearn", "datasets/images")):
-        spec = importlib.util.find_spec(package)
-        if spec is None or spec.origin is None:
-            raise RadioError(
-                "the demo's photographs are inside scikit-image and scikit-learn; "
-                'pip install "radio-distill[demo]"'
-            )
-        folder = Path(spec.origin).parent / inside
-        if (folder / name).exists():
-            return folder
-    raise RadioError(f"this version of scikit-image or scikit-learn has no {name}; update it")
+def _path_of(name: str) -> Path:
+    """Find a file in its wheel without importing the package, which takes seconds."""
+    library = CREDITS[name].library
+    package, inside = FOLDERS[library]
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise RadioError(
+            f"the demo's photograph {name} is inside {library}, which is not installed; "
+            'pip install "radio-distill[demo]"'
+        )
+    path = Path(spec.origin).parent / inside / name
+    if not path.exists():
+        raise RadioError(
+            f'this version of {library} has no {name}; pip install --upgrade "radio-distill[demo]"'
+        )
+    return path

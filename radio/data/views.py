@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,13 +19,16 @@ from torch import Tensor
 
 from radio.data.decode import DamagedImage, decode
 from radio.data.plan import ViewSpec, seed_for
-from radio.data.shards import ImageSource
+from radio.data.shards import ImageSource, place_of
 from radio.errors import RadioError
 
 log = logging.getLogger("radio.data")
 CACHE_BYTES = 256 << 20  # the same picture is asked for at several sizes in one step
+BYTES_PER_PIXEL = 4  # Pillow keeps RGB in four bytes
 REDRAWS = 20
+CROP_TRIES = 10
 IO_TRIES = 3
+IO_PAUSE_SECONDS = 0.2  # before the second try; each further one waits twice as long
 
 
 @dataclass(frozen=True)
@@ -42,30 +46,38 @@ def random_crop(
     scale: tuple[float, float] = (0.4, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> Crop:
-    """Draw a box: a share `scale` of the area, a log-uniform aspect `ratio` (Inception's rule).
+    """Draw a box by the rule of torchvision's RandomResizedCrop, in whole pixels.
 
-    Ten tries, then the largest centred box within the ratio; mirrored with probability 1/2.
+    A share `scale` of the area and a log-uniform aspect `ratio`; where ten tries do not fit, the
+    largest centred box within the ratio. Mirrored with probability 1/2. Only uniforms of PCG64 are
+    drawn and boxes are rounded, so the result is the same on every machine.
     """
     rng = np.random.Generator(np.random.PCG64(seed))
     flip = bool(rng.random() < 0.5)
-    for _ in range(10):
-        area = width * height * rng.uniform(*scale)
-        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
-        w, h = math.sqrt(area * aspect), math.sqrt(area / aspect)
-        left, top = rng.random() * (width - w), rng.random() * (height - h)
+    log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
+    for _ in range(CROP_TRIES):
+        area = width * height * (scale[0] + (scale[1] - scale[0]) * rng.random())
+        aspect = math.exp(log_low + (log_high - log_low) * rng.random())
+        w, h = max(1, round(math.sqrt(area * aspect))), max(1, round(math.sqrt(area / aspect)))
+        at_x, at_y = rng.random(), rng.random()
         if w <= width and h <= height:
-            return Crop((left, top, left + w, top + h), flip)
-    w = min(width, height * ratio[1])
-    h = min(height, width / ratio[0])
-    left, top = (width - w) / 2, (height - h) / 2
-    return Crop((left, top, left + w, top + h), flip)
+            left, top = math.floor(at_x * (width - w + 1)), math.floor(at_y * (height - h + 1))
+            return _crop_at(left, top, w, h, flip)
+    w = max(1, min(width, round(height * ratio[1])))
+    h = max(1, min(height, round(width / ratio[0])))
+    left, top = (width - w) // 2, (height - h) // 2
+    return _crop_at(left, top, w, h, flip)
 
 
 def centre_square(width: int, height: int) -> Crop:
     """Return the largest centred square."""
     side = min(width, height)
     left, top = (width - side) / 2, (height - side) / 2
-    return Crop((left, top, left + side, top + side), False)
+    return _crop_at(left, top, side, side, False)
+
+
+def _crop_at(left: int | float, top: int | float, width: int, height: int, flip: bool) -> Crop:
+    return Crop((float(left), float(top), float(left + width), float(top + height)), flip)
 
 
 def crop_view(
@@ -77,7 +89,7 @@ def crop_view(
     pixels = np.asarray(view)
     if crop.flip:
         pixels = pixels[:, ::-1]
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+    return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
 
 
 @dataclass(frozen=True)
@@ -89,84 +101,138 @@ class Views:
     replaced: tuple[tuple[str, str], ...] = ()
 
 
-@dataclass
 class ViewReader:
-    """Read views of a source; the same spec gives the same pixels in any process.
+    """Read views of a source; the same spec gives the same pixels in any process or thread.
 
     A damaged picture is replaced by the k-th redraw keyed (seed, epoch, position, k), so that no
-    other view moves. Without `crop_scale` the whole picture's centred square is the view.
+    other view moves. `damaged` maps the key of each one met so far to the reason. Decoded
+    pictures are kept up to CACHE_BYTES, and left behind when the reader is pickled.
+
+    Args:
+        source: where the pictures lie.
+        seed: the run's seed.
+        crop_scale: shares of the area that crops have; None: the whole picture's centred square.
     """
 
-    source: ImageSource
-    seed: int
-    crop_scale: tuple[float, float] | None
-    damaged: dict[str, str] = field(default_factory=dict)
-    _cache: OrderedDict[int, Image.Image] = field(default_factory=OrderedDict, repr=False)
+    def __init__(
+        self, source: ImageSource, seed: int, crop_scale: tuple[float, float] | None
+    ) -> None:
+        self.source = source
+        self.seed = seed
+        self.crop_scale = crop_scale
+        self.damaged: dict[str, str] = {}
+        self._cache = _PictureCache(CACHE_BYTES)
 
     def batch(self, views: Sequence[ViewSpec], size: int | tuple[int, int]) -> Views:
-        """Return the views at `size` pixels, with their keys.
+        """Return the views at `size` pixels (side, or (height, width)), with their keys.
 
         Raises:
-            RadioError: 20 redraws in a row were damaged.
+            RadioError: a picture and its 20 redraws were all damaged.
             OSError: the storage failed three times.
         """
-        pixels, keys, replaced = [], [], list[tuple[str, str]]()
-        for view in views:
+        height, width = (size, size) if isinstance(size, int) else size
+        pixels = torch.empty((len(views), 3, height, width), dtype=torch.uint8)
+        keys, replaced = [], list[tuple[str, str]]()
+        for row, view in enumerate(views):
             sample, image = self._image(view, replaced)
-            pixels.append(crop_view(image, self._crop(view, image), size))
+            pixels[row] = crop_view(image, self.crop(view, *image.size), size)
             keys.append(self.source.key(sample))
-        return Views(torch.stack(pixels), tuple(keys), tuple(replaced))
+        return Views(pixels, tuple(keys), tuple(replaced))
 
-    def _crop(self, view: ViewSpec, image: Image.Image) -> Crop:
+    def crop(self, view: ViewSpec, width: int, height: int) -> Crop:
+        """Return the crop of a view in a picture of this size; it depends on no target size."""
         if self.crop_scale is None:
-            return centre_square(*image.size)
+            return centre_square(width, height)
         seed = seed_for(self.seed, "crop", view.epoch, view.position)
-        return random_crop(*image.size, seed, self.crop_scale)
+        return random_crop(width, height, seed, self.crop_scale)
 
     def _image(self, view: ViewSpec, replaced: list[tuple[str, str]]) -> tuple[int, Image.Image]:
-        sample = view.sample
+        sample, tried = view.sample, list[str]()
         for redraw in range(1, REDRAWS + 2):
             try:
                 return sample, self._decoded(sample)
             except DamagedImage as error:
-                self._note(sample, str(error))
-                replaced.append((self.source.key(sample), str(error)))
-            key = seed_for(self.seed, "redraw", view.epoch, view.position, redraw)
-            sample = key % len(self.source)
-        keys = ", ".join(key for key, _ in replaced[-REDRAWS:])
-        raise RadioError(f"{REDRAWS} pictures in a row are damaged ({keys}); check the data")
+                key = self.source.key(sample)
+                self._note(sample, key, str(error))
+                replaced.append((key, str(error)))
+                tried.append(key)
+            seed = seed_for(self.seed, "redraw", view.epoch, view.position, redraw)
+            sample = seed % len(self.source)
+        raise RadioError(
+            f"the picture '{tried[0]}' and its {REDRAWS} redraws are all damaged "
+            f"({', '.join(dict.fromkeys(tried))}; the first: {self.damaged[tried[0]]}); check the "
+            "data"
+        )
 
     def _decoded(self, sample: int) -> Image.Image:
-        if sample in self._cache:
-            self._cache.move_to_end(sample)
-            return self._cache[sample]
-        key = self.source.key(sample)
-        if key in self.damaged:
-            raise DamagedImage(self.damaged[key])
-        image = decode(read_patiently(self.source, sample))
-        self._cache[sample] = image
-        while sum(held.width * held.height * 3 for held in self._cache.values()) > CACHE_BYTES:
-            self._cache.popitem(last=False)
+        image = self._cache.get(sample)
+        if image is None:
+            known = self.damaged.get(self.source.key(sample))
+            if known is not None:
+                raise DamagedImage(known)
+            image = decode(read_patiently(self.source, sample))
+            self._cache.put(sample, image)
         return image
 
-    def _note(self, sample: int, reason: str) -> None:
-        key = self.source.key(sample)
+    def _note(self, sample: int, key: str, reason: str) -> None:
         if key not in self.damaged:
             self.damaged[key] = reason
-            log.warning("damaged picture %s replaced: %s", key, reason)
+            where = place_of(self.source, sample)
+            log.warning("damaged picture '%s' (%s) is replaced: %s", key, where, reason)
+
+
+class _PictureCache:
+    """The pictures last used, up to a number of bytes; pickles as an empty one."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.num_bytes = 0
+        self._held: OrderedDict[int, Image.Image] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def get(self, sample: int) -> Image.Image | None:
+        with self._lock:
+            image = self._held.get(sample)
+            if image is not None:
+                self._held.move_to_end(sample)
+            return image
+
+    def put(self, sample: int, image: Image.Image) -> None:
+        with self._lock:
+            if sample in self._held:  # another thread was faster
+                return
+            self._held[sample] = image
+            self.num_bytes += _num_bytes(image)
+            while self.num_bytes > self.max_bytes:
+                _, oldest = self._held.popitem(last=False)
+                self.num_bytes -= _num_bytes(oldest)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cache": OrderedDict()}
+        return {"max_bytes": self.max_bytes}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["max_bytes"])  # type: ignore[misc]
+
+
+def _num_bytes(image: Image.Image) -> int:
+    return image.width * image.height * BYTES_PER_PIXEL
 
 
 def read_patiently(source: ImageSource, sample: int) -> bytes:
-    """Read a sample's bytes, trying a failing storage again with growing pauses."""
-    for attempt in range(1, IO_TRIES + 1):
+    """Read a sample's bytes, trying a failing storage again with growing pauses.
+
+    Raises:
+        OSError: the storage failed three times; never taken for a damaged picture.
+    """
+    for attempt in range(1, IO_TRIES):
         try:
             return source.read(sample)
         except OSError as error:
-            if attempt == IO_TRIES:
-                raise
-            log.warning("reading %s failed (%s); trying again", source.key(sample), error)
-            time.sleep(0.2 * 2**attempt)
-    raise AssertionError("unreachable")
+            pause = IO_PAUSE_SECONDS * 2 ** (attempt - 1)
+            key = source.key(sample)
+            log.warning("reading '%s' failed (%s); again in %.1f s", key, error, pause)
+            time.sleep(pause)
+    return source.read(sample)

@@ -4,64 +4,95 @@ from __future__ import annotations
 
 from typing import Any
 
-from radio.training.checkpoint import Checkpoint
+from radio.encoder.weights import EncoderWeights, TeacherHeads
 
 CARD = """---
 library_name: transformers
 pipeline_tag: image-feature-extraction
+license: other
 tags: [radio, feature-extraction, distillation]
 ---
 # RADIO encoder
 
-One ViT distilled from {names} by radio-distill: {width} channels, {depth} blocks, patch
-{patch}, {step} steps{views}.
+One ViT that gives the features of {names}: {width} channels, {depth} blocks, patch {patch}, a
+position table for {table} x {table} px, {cls} CLS rows and {registers} registers. Origin: {origin}.
 
-| teacher | kind | weights | summary | features | fingerprint |
-|---|---|---|---|---|---|
+| teacher | kind | weights | summary | features | CLS row | licence of its weights | fingerprint |
+|---|---|---|---|---|---|---|---|
 {rows}
-
-The licence of these weights follows from the teachers' weights and the pictures, whose terms the
-person who trained it must state.
+{notes}
+The terms of these weights follow from those of the teachers' weights and of the pictures that
+they were distilled on; state them before you publish this folder.
 
 ## Use
 
+Pixels are in [0, 1] (the model normalises them itself); sides are multiples of {patch}.
+
 ```python
-from transformers import AutoModel            # the backbone, no remote code
+from transformers import AutoModel            # 1: the backbone, without our package
 model = AutoModel.from_pretrained("this-folder")
-output = model(pixel_values)                  # [B, 3, H, W] in [0, 1]; sides multiples of {patch}
+output = model(pixel_values)                  # [B, 3, H, W]
 output.summary, output.features               # [B, {summary}], [B, T, {width}]
-
-import radio                                  # with the teachers' heads
-encoder = radio.load("this-folder")
-encoder.encode(["photo.jpg"], features=("summary", {examples}))
 ```
+```python
+import radio                                  # 2: with the teachers' heads
+encoder = radio.load("this-folder")
+encoder.encode(["photo.jpg"], features=({examples}))
+```
+```sh
+radio encode photos/ -o features/ -m this-folder --features summary   # 3: folders into parquet
+```
+"""
 
-    radio encode photos/ -o features/ -m this-folder --features summary
+ALIGNED = """
+The position table was trained under `align_corners=True`; `radio.load` does the same, while
+transformers' RadioModel always resizes with `False`, so that its values differ a little.
 """
 
 
-def model_card(source: Checkpoint, config: dict[str, Any]) -> str:
+def model_card(weights: EncoderWeights) -> str:
     """Return the README.md of the folder."""
-    teachers = source.config.teachers
-    rows = "\n".join(
-        f"| {name} | {block['kind']} | {teachers[name].pretrained or 'seeded, not trained'} "
-        f"| {block['summary_dim'] or '-'} | {block['feature_dim']} "
-        f"| `{block['fingerprint'][:12]}` |"
-        for name, block in config["adaptors"].items()
-    )
-    with_summary = [name for name, block in config["adaptors"].items() if block["summary_dim"]]
-    names = list(config["adaptors"])
-    examples = [f'"{with_summary[0]}:summary"'] if with_summary else []
-    examples.append(f'"{names[-1]}:features"')
-    per_step = sum(part.batch for part in source.config.stages[-1].partitions.values())
+    shape, teachers = weights.shape, weights.teachers
+    names = [f"{name}:{kind}" for name, teacher in teachers.items() for kind in teacher.states]
+    origin = ", ".join(f"{key} {value}" for key, value in weights.origin.items())
     return CARD.format(
-        names=", ".join(names),
-        width=config["hidden_size"],
-        depth=config["num_hidden_layers"],
-        patch=config["patch_size"],
-        step=source.step,
-        views=f" of {per_step} views" if len(source.config.stages) == 1 else "",
-        rows=rows,
-        summary=config["hidden_size"] * len(config["summary_idxs"]),
-        examples=", ".join(examples),
+        names=", ".join(teachers) or "its teachers (no heads are in this folder)",
+        width=shape.width,
+        depth=shape.depth,
+        patch=weights.patch_size,
+        table=weights.table_size,
+        cls=weights.num_cls,
+        registers=weights.num_registers,
+        origin=origin or "not stated",
+        rows="\n".join(_row(name, teacher) for name, teacher in teachers.items()),
+        notes=_notes(weights),
+        summary=shape.width * len(weights.summary_rows),
+        examples=", ".join(f'"{name}"' for name in ["summary", *names[:2]]) + ",",
     )
+
+
+def _row(name: str, teacher: TeacherHeads) -> str:
+    facts: dict[str, Any] = {"kind": "-", "fingerprint": "-", **teacher.facts}
+    trained = facts.get("pretrained", facts.get("model", "not stated")) or "seeded, not trained"
+    dims = {kind: str(len(state["final.2.weight"])) for kind, state in teacher.states.items()}
+    cells = (
+        name,
+        facts["kind"],
+        trained,
+        dims.get("summary", "-"),
+        dims.get("features", "-"),
+        "-" if teacher.cls_row is None else teacher.cls_row,
+        facts.get("weights_licence", "not stated"),
+        f"`{facts['fingerprint'][:12]}`",
+    )
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def _notes(weights: EncoderWeights) -> str:
+    lines = [
+        f"The head {name}:{kind} is left out: {why}."
+        for name, teacher in weights.teachers.items()
+        for kind, why in teacher.left_out.items()
+    ]
+    text = "\n".join(["", *lines, ""]) if lines else ""
+    return text + (ALIGNED if weights.align_corners else "")

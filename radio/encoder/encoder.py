@@ -1,212 +1,199 @@
-"""Encoder: the fused folder at work."""
+"""Encoder: a fused folder, or NVIDIA's published weights, at work."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Sequence
+import hashlib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
-import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import Image, ImageOps
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from radio.data.decode import DamagedImage, decode
-from radio.encoder.layout import build_backbone, from_disk
+from radio.encoder.folder import read_weights
+from radio.encoder.images import Picture, Pixels, Size, batches_of, check_size, pair
+from radio.encoder.weights import EncoderWeights, build_backbone, build_heads
 from radio.errors import RadioError
-from student.model import TeacherAdaptor, TeacherDims
 from student.token_merging import merge_tokens
-from student.vit import VisionTransformer
 
-Picture = Tensor | Image.Image | str | Path
-Size = int | tuple[int, int]
+BATCH = 16  # pictures of a list per forward
 
 
-def load(path: str | Path, device: str | torch.device = "cpu") -> Encoder:
-    """Load an encoder folder: one of `radio fuse`, or NVIDIA's backbone files as transformers
-    reads them (without heads).
+def load(
+    path: str | Path, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+) -> Encoder:
+    """Load an encoder.
+
+    Args:
+        path: a folder of `radio fuse`, NVIDIA's folder or `.pth.tar` file.
+        device: the CPU if not given.
+        dtype: of the weights; float32 if not given.
 
     Raises:
-        RadioError: the folder is not there, or its files are not an encoder's.
+        RadioError: `path` is none of these; the message lists what was expected.
     """
-    folder = Path(path)
-    missing = [n for n in ("config.json", "model.safetensors") if not (folder / n).exists()]
-    if missing:
-        raise RadioError(
-            f"{folder} is no encoder folder: {', '.join(missing)} missing; make one with "
-            "`radio fuse RUN FOLDER`"
-        )
-    config = json.loads((folder / "config.json").read_text())
-    state, rows = from_disk(load_file(folder / "model.safetensors"))
-    backbone = build_backbone(state, int(config["num_cls_tokens"]))
-    heads = config.get("adaptors", {})
-    adaptors = nn.ModuleDict(
-        {name: _adaptor(backbone.width, block) for name, block in heads.items()}
-    )
-    if heads:
-        adaptors.load_state_dict(load_file(folder / "adaptors.safetensors"))
-    return Encoder(backbone, adaptors, rows).to(device).eval()
-
-
-def _adaptor(width: int, block: dict[str, Any]) -> TeacherAdaptor:
-    dims = TeacherDims(block["summary_dim"], block["feature_dim"])
-    return TeacherAdaptor(width, dims, block["cls_row"], block["hidden"], block["depth"])
+    encoder = Encoder(read_weights(Path(path)))
+    if device is not None:
+        encoder.to(device)
+    if dtype is not None:
+        encoder.to_dtype(dtype)
+    return encoder
 
 
 class Encoder(nn.Module):
-    """A backbone with the heads of its teachers, in the teachers' own spaces."""
+    """A frozen backbone with the heads of its teachers, in the teachers' own spaces."""
 
-    def __init__(
-        self, backbone: VisionTransformer, adaptors: nn.ModuleDict, summary_rows: Sequence[int]
-    ) -> None:
+    def __init__(self, weights: EncoderWeights) -> None:
         super().__init__()
-        self.backbone = backbone
-        self.adaptors = adaptors
-        self.summary_rows = list(summary_rows)
+        self.backbone = build_backbone(weights)
+        self.heads = build_heads(weights.teachers)
+        self.summary_rows = list(weights.summary_rows)
+        self.cls_rows = {name: teacher.cls_row for name, teacher in weights.teachers.items()}
+        self.align_corners = weights.align_corners
+        self._left_out = {
+            f"{name}:{kind}": why
+            for name, teacher in weights.teachers.items()
+            for kind, why in teacher.left_out.items()
+        }
+        self._fingerprint: str | None = None
+        self.eval()
 
     @property
     def patch_size(self) -> int:
-        """Pixels per token."""
+        """Pixels per token and side."""
         return self.backbone.patch_size
 
     @property
-    def feature_names(self) -> tuple[str, ...]:
-        """Every name that `encode` can be asked for."""
-        names = ["summary", "features"]
-        for teacher, adaptor in self.adaptors.items():
-            if adaptor.summary is not None:
-                names.append(f"{teacher}:summary")
-            names.append(f"{teacher}:features")
-        return tuple(names)
+    def feature_dims(self) -> dict[str, int]:
+        """Channels of every feature that `encode` can be asked for, by name."""
+        dims = {
+            "summary": self.backbone.width * len(self.summary_rows),
+            "features": self.backbone.width,
+        }
+        for name, heads in self.heads.items():
+            for kind, head in cast(nn.ModuleDict, heads).items():
+                dims[f"{name}:{kind}"] = cast(nn.Linear, head.last).out_features
+        return dims
 
-    def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Return (rows, columns) of tokens of a picture that fits the patch."""
+    @property
+    def feature_names(self) -> tuple[str, ...]:
+        """Every name that `encode` can be asked for: summary, features, clip:summary, ..."""
+        return tuple(self.feature_dims)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over every weight and what is read from it; computed once."""
+        if self._fingerprint is None:
+            digest = hashlib.sha256(
+                f"{self.summary_rows}{self.cls_rows}{self.align_corners}".encode()
+            )
+            for key, value in sorted(self.state_dict().items()):
+                digest.update(f"{key}{value.dtype}{list(value.shape)}".encode())
+                digest.update(value.cpu().contiguous().view(torch.uint8).numpy())
+            self._fingerprint = digest.hexdigest()
+        return self._fingerprint
+
+    def to_dtype(self, dtype: torch.dtype) -> Encoder:
+        """Cast the weights, not the normalisation's mean and deviation, and return self."""
+        self.backbone.patch_generator.to(dtype)
+        self.backbone.blocks.to(dtype)
+        self.heads.to(dtype)
+        self._fingerprint = None
+        return self
+
+    def grid(self, size: Size) -> tuple[int, int]:
+        """Return (rows, columns) of tokens of a square's side, or of (height, width), in px.
+
+        Raises:
+            RadioError: a size that is no multiple of the patch, with the nearest that are.
+        """
+        height, width = pair(size)
+        check_size(height, width, self.patch_size)
         return height // self.patch_size, width // self.patch_size
 
-    @torch.inference_mode()
     def encode(
         self,
         images: Picture | Sequence[Picture],
         features: Sequence[str] = ("summary", "features"),
         size: Size | None = None,
         merge_to: int | None = None,
+        batch: int = BATCH,
     ) -> dict[str, Tensor]:
         """Return the features asked for, running only their heads.
 
         Args:
-            images: [B, 3, H, W] or [3, H, W], uint8 or float in [0, 1]; or PIL pictures or paths.
-                Tensors keep their size; files and PIL pictures go to the nearest multiple of
-                the patch, aspect kept.
-            features: of `feature_names`; per-patch features come as [B, T, D].
+            images: [B, 3, H, W] or [3, H, W], uint8 or float in [0, 1]; a PIL picture, a path, or
+                a list of any of these. Tensors keep their size; PIL pictures and files go to the
+                nearest multiple of the patch, aspect kept.
+            features: of `feature_names`; summaries come as [B, D], patches as [B, T, D], row by
+                row of `grid(size)`.
             size: side, or (height, width), that every picture is resized to first.
-            merge_to: merge patch features to this many tokens; adds `sizes` and `assignment`.
+            merge_to: merge the backbone's patches to this many tokens before the heads; adds
+                `sizes` [B, K] and `assignment` [B, T] (each patch's token).
+            batch: pictures per forward.
 
         Raises:
             RadioError: an unknown name, a size that is no multiple of the patch, pictures of
-                different sizes without `size`, or one that cannot be decoded.
+                different sizes without `size`, floats outside [0, 1], or one that cannot be
+                decoded.
         """
-        self.check_names(features)
-        pixels = self.prepare(images, size)
-        output = self.backbone(pixels.to(next(self.parameters()).device))
+        wanted = (features,) if isinstance(features, str) else tuple(features)
+        self.check_request(wanted, merge_to)
+        parts: dict[str, list[Tensor]] = {}
+        for pixels in batches_of(images, self.patch_size, size, batch):
+            for name, value in self._forward(pixels, wanted, merge_to).items():
+                parts.setdefault(name, []).append(value)
+        # Outside inference mode, so that a probe can be trained on what comes out.
+        return {name: torch.cat(values) for name, values in parts.items()}
+
+    @torch.inference_mode()
+    def _forward(
+        self, pixels: Pixels, wanted: tuple[str, ...], merge_to: int | None
+    ) -> dict[str, Tensor]:
+        device = self.backbone.patch_generator.pos_embed.device
+        try:
+            output = self.backbone(pixels.to(device))
+        except ValueError as error:  # the backbone refuses floats outside [0, 1]
+            raise RadioError(str(error)) from error
         patches = output.features.flatten(2).transpose(1, 2)
         results: dict[str, Tensor] = {}
         if merge_to is not None:
-            grid = self.grid(pixels.shape[-2], pixels.shape[-1])
-            merged = merge_tokens(patches, merge_to, grid)
+            try:
+                merged = merge_tokens(patches, merge_to, tuple(output.features.shape[-2:]))
+            except ValueError as error:
+                raise RadioError(f"merge_to: {error}") from error
             patches = merged.tokens
-            results |= {"sizes": merged.sizes, "assignment": merged.assignment}
+            results = {"sizes": merged.sizes, "assignment": merged.assignment}
+        values = {name: self._feature(name, output.cls, patches) for name in wanted}
+        return {**values, **results}
+
+    def check_request(self, features: Sequence[str], merge_to: int | None = None) -> None:
+        """Refuse what this encoder cannot give: RadioError with the known names, or why not."""
         for name in features:
-            results[name] = self._head(name, output.cls, patches)
-        return results
+            if name in self._left_out:
+                raise RadioError(f"this encoder cannot give '{name}': {self._left_out[name]}")
+            if name not in self.feature_names:
+                known = ", ".join(self.feature_names)
+                raise RadioError(f"unknown feature '{name}'; this encoder has: {known}")
+        if merge_to is not None and all(name.endswith("summary") for name in features):
+            dense = ", ".join(n for n in self.feature_names if n.endswith("features"))
+            raise RadioError(f"merge_to merges per-patch features; ask for one of: {dense}")
 
-    def check_names(self, features: Iterable[str]) -> None:
-        """Refuse a name that this encoder cannot give."""
-        unknown = [name for name in features if name not in self.feature_names]
-        if unknown:
-            known = ", ".join(self.feature_names)
-            raise RadioError(f"unknown features {', '.join(unknown)}; this encoder has: {known}")
-
-    def _head(
-        self, name: str, cls: Float[Tensor, "b n c"], patches: Float[Tensor, "b t c"]
+    def _feature(
+        self,
+        name: str,
+        cls: Float[Tensor, "batch rows width"],
+        patches: Float[Tensor, "batch tokens width"],
     ) -> Tensor:
         if name == "summary":
             return cls[:, self.summary_rows].flatten(1)
         if name == "features":
             return patches
-        teacher, what = name.rsplit(":", 1)
-        adaptor = self.adaptors[teacher]
-        assert isinstance(adaptor, TeacherAdaptor)
-        if what == "features":
-            return cast(Tensor, adaptor.features(patches))
-        assert adaptor.summary is not None and adaptor.cls_row is not None
-        return cast(Tensor, adaptor.summary(cls[:, adaptor.cls_row]))
-
-    def prepare(self, images: Picture | Sequence[Picture], size: Size | None = None) -> Tensor:
-        """Return one batch [B, 3, H, W] of pictures, sized as `encode` says."""
-        if isinstance(images, Tensor):
-            batch = images if images.ndim == 4 else images[None]
-            return self._fitting(batch if size is None else _resize(batch, _pair(size)))
-        several = [images] if isinstance(images, (Image.Image, str, Path)) else list(images)
-        if not several:
-            raise RadioError("no pictures were given")
-        pictures = [self._picture(picture, size) for picture in several]
-        sizes = sorted({tuple(picture.shape[-2:]) for picture in pictures})
-        if len(sizes) > 1:
-            shown = ", ".join(f"{h}x{w}" for h, w in sizes[:5])
-            raise RadioError(
-                f"pictures of different sizes in one batch ({shown}); pass size=, or encode them "
-                "one by one"
-            )
-        return torch.stack(pictures)
-
-    def _picture(self, picture: Picture, size: Size | None) -> Tensor:
-        if isinstance(picture, Tensor):
-            return self.prepare(picture, size)[0]
-        image = _open(picture)
-        height, width = self.size_for(image.height, image.width) if size is None else _pair(size)
-        self._check_size(height, width)
-        resized = image.resize((width, height), Image.Resampling.BICUBIC)
-        return torch.from_numpy(np.asarray(resized).copy()).permute(2, 0, 1)
-
-    def size_for(self, height: int, width: int) -> tuple[int, int]:
-        """Return the nearest (height, width) of whole patches, at least one each way."""
-        patch = self.patch_size
-        return max(1, round(height / patch)) * patch, max(1, round(width / patch)) * patch
-
-    def _fitting(self, batch: Tensor) -> Tensor:
-        self._check_size(batch.shape[-2], batch.shape[-1])
-        return batch
-
-    def _check_size(self, height: int, width: int) -> None:
-        if height % self.patch_size or width % self.patch_size:
-            near = "x".join(map(str, self.size_for(height, width)))
-            raise RadioError(
-                f"{height}x{width} px is no multiple of the patch {self.patch_size}; the nearest "
-                f"size is {near}"
-            )
-
-
-def _pair(size: Size) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else size
-
-
-def _open(picture: Image.Image | str | Path) -> Image.Image:
-    if isinstance(picture, Image.Image):
-        return ImageOps.exif_transpose(picture).convert("RGB")
-    try:
-        return decode(Path(picture).read_bytes())
-    except DamagedImage as error:
-        raise RadioError(f"{picture}: {error}") from error
-    except OSError as error:
-        raise RadioError(f"cannot read {picture}: {error}") from error
-
-
-def _resize(batch: Tensor, size: tuple[int, int]) -> Tensor:
-    pixels = batch if batch.is_floating_point() else batch.float() / 255
-    if tuple(pixels.shape[-2:]) == size:
-        return pixels
-    resized = nn.functional.interpolate(pixels, size=size, mode="bicubic", antialias=True)
-    return resized.clamp(0, 1)
+        teacher, kind = name.rsplit(":", 1)
+        head = cast(nn.ModuleDict, self.heads[teacher])[kind]
+        if kind == "features":
+            return cast(Tensor, head(patches))
+        row = self.cls_rows[teacher]
+        assert row is not None, "a summary head without a CLS row"
+        return cast(Tensor, head(cls[:, row]))

@@ -1,149 +1,108 @@
 """Fuse a checkpoint into the product: one encoder folder that transformers loads natively.
 
-The adaptors were trained to predict standardized features y'; the inverse y = phi U H^T y' + mu is
-folded into the last Linear of each, so that the encoder gives the teacher's own space.
+The adaptors were trained to predict standardized features y'; the inverse y = A y' + mu (PHI-S:
+A = phi U H^T, arXiv 2410.01680 eq. 26) is folded into the last Linear of each feature adaptor, so
+that the encoder gives the teacher's own space. Summaries are not standardized.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
-from safetensors.torch import save_file
+from jaxtyping import Float
 from torch import Tensor
 
 from radio.encoder.card import model_card
-from radio.encoder.layout import radio_config, to_disk
-from radio.errors import RadioError
+from radio.encoder.folder import read_weights, refuse_foreign, write_folder
+from radio.encoder.layout import State, below, clean_backbone
+from radio.encoder.weights import EncoderWeights, TeacherHeads, build_backbone, build_heads
 from radio.targets.standardize import Standardizer
-from radio.targets.target_maker import TeacherFacts
-from radio.training.checkpoint import Checkpoint, find_checkpoint, write_sums
-from radio.training.distill import student_for
-from student.adaptors import MlpAdaptor
-from student.model import Student, TeacherAdaptor
+from radio.training.checkpoint import Checkpoint, find_checkpoint
+from student.vit import SIZES
 
-FILES = ("config.json", "model.safetensors", "adaptors.safetensors", "preprocessor_config.json")
+LAST = "final.2"  # MlpAdaptor.last in its state dict
 
 
 def fuse(checkpoint: str | Path, out: str | Path) -> Path:
-    """Write the encoder folder of a checkpoint (or of a run's newest) and return its path.
+    """Write the encoder folder of `checkpoint` to `out` and return its path.
+
+    Args:
+        checkpoint: a `step-*` folder, a run folder (its newest checkpoint), NVIDIA's `.pth.tar`,
+            or a folder that `radio.load` takes.
+        out: the folder to write; an encoder folder there is replaced.
 
     Raises:
-        RadioError: no checkpoint there, or `out` holds something that is no encoder.
+        RadioError: nothing of that kind there, or `out` holds something that is no encoder.
     """
-    source = find_checkpoint(Path(checkpoint))
-    target = Path(out)
-    _refuse_foreign(target)
-    temporary = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    write_encoder(source, temporary)
-    shutil.rmtree(target, ignore_errors=True)
-    temporary.rename(target)
+    source, target = Path(checkpoint), Path(out)
+    refuse_foreign(target)
+    if source.is_file() or (source / "config.json").exists():
+        weights = read_weights(source)
+    else:
+        weights = weights_of(find_checkpoint(source))
+    build_backbone(weights)  # strict: a folder that cannot be loaded is not written
+    build_heads(weights.teachers)
+    write_folder(weights, model_card(weights), target)
     return target
 
 
-def write_encoder(source: Checkpoint, folder: Path) -> None:
-    """Write every file of the encoder folder."""
-    student = _student(source)
-    backbone = student.backbone
-    save_file(
-        to_disk(backbone.state_dict(), summary_rows(student)),
-        folder / "model.safetensors",
-        metadata={"format": "pt"},
+def weights_of(checkpoint: Checkpoint) -> EncoderWeights:
+    """Return a checkpoint's encoder: LayerScale and the inverse standardizers folded."""
+    backbone = clean_backbone(below(checkpoint.model, "backbone."))
+    teachers: dict[str, TeacherHeads] = {}
+    num_summaries = 0
+    for name in checkpoint.state["teachers"]:  # in the order of the student's CLS rows
+        states = _heads_of(checkpoint, name)
+        row = num_summaries if "summary" in states else None
+        num_summaries += row is not None
+        teachers[name] = TeacherHeads(row, states, facts=_facts(checkpoint, name))
+    num_cls = max(1, num_summaries)
+    last_partitions = checkpoint.config.stages[-1].partitions.values()
+    return EncoderWeights(
+        backbone,
+        SIZES[checkpoint.config.student.size].heads,
+        num_cls,
+        tuple(range(num_cls)),
+        teachers,
+        image_size=max(partition.image_size for partition in last_partitions),
+        origin={"step": checkpoint.step, "data": checkpoint.state["data"]},
     )
-    config = radio_config(backbone, len(summary_rows(student)))
-    config["adaptors"] = adaptor_config(source, student)
-    _write_json(folder / "config.json", config)
-    _write_json(folder / "preprocessor_config.json", preprocessor(source))
-    fold_standardizers(student, source.standardizers)
-    save_file(adaptor_tensors(student), folder / "adaptors.safetensors")
-    facts = {key: source.state[key] for key in ("step", "teachers", "data")}
-    (folder / "origin.yaml").write_text(yaml.safe_dump(facts, sort_keys=False))
-    (folder / "README.md").write_text(model_card(source, config))
-    write_sums(folder)
 
 
-@torch.no_grad()
-def fold_standardizers(student: Student, standardizers: dict[str, Standardizer]) -> None:
-    """Fold y = A y' + mu into each feature adaptor's last Linear: W <- A W, b <- A b + mu."""
-    for name, adaptor in student.adaptors.items():
-        assert isinstance(adaptor, TeacherAdaptor)
-        weight, bias = standardizers[name].as_linear()
-        fold_into(adaptor.features, weight, bias)
+def _heads_of(checkpoint: Checkpoint, name: str) -> dict[str, State]:
+    states = {"features": below(checkpoint.model, f"adaptors.{name}.features.")}
+    states["features"] = fold_standardizer(states["features"], checkpoint.standardizers[name])
+    summary = below(checkpoint.model, f"adaptors.{name}.summary.")
+    return {"summary": summary, **states} if summary else states
 
 
-def fold_into(adaptor: MlpAdaptor, weight: Tensor, bias: Tensor) -> None:
-    """Compose an affine map (float64) after an adaptor's last Linear, in place."""
-    last = adaptor.last
-    folded = weight @ last.weight.detach().double().cpu()
-    shift = weight @ last.bias.detach().double().cpu() + bias
-    with torch.no_grad():
-        last.weight.copy_(folded.to(last.weight.dtype))
-        last.bias.copy_(shift.to(last.bias.dtype))
+def fold_standardizer(head: State, standardizer: Standardizer) -> State:
+    """Compose the inverse y = A y' + mu after a head's last Linear, in float64.
+
+    W <- A W, b <- A b + mu; stored float32.
+    """
+    matrix, mean = standardizer.as_linear()
+    weight, bias = folded(head[f"{LAST}.weight"], head[f"{LAST}.bias"], matrix, mean)
+    return {**head, f"{LAST}.weight": weight, f"{LAST}.bias": bias}
 
 
-def summary_rows(student: Student) -> list[int]:
-    """Return every CLS row, one per teacher whose summary is matched; they are the summary."""
-    return list(range(student.backbone.num_cls))
+def folded(
+    weight: Float[Tensor, "out hidden"],
+    bias: Float[Tensor, " out"],
+    matrix: Float[Tensor, "out out"],
+    shift: Float[Tensor, " out"],
+) -> tuple[Float[Tensor, "out hidden"], Float[Tensor, " out"]]:
+    """Return the (weight, bias) of x -> matrix (weight x + bias) + shift, float32."""
+    return (matrix @ weight.double()).float(), (matrix @ bias.double() + shift).float()
 
 
-def adaptor_config(source: Checkpoint, student: Student) -> dict[str, Any]:
-    """Return config.json's `adaptors` block: how to rebuild each teacher's heads."""
-    block = {}
-    for name, adaptor in student.adaptors.items():
-        facts = source.state["teachers"][name]
-        block[name] = {
-            "kind": facts["kind"],
-            "cls_row": adaptor.cls_row,
-            "summary_dim": facts["summary_dim"] if adaptor.summary is not None else None,
-            "feature_dim": facts["feature_dim"],
-            "hidden": source.config.student.adaptor_hidden,
-            "depth": source.config.student.adaptor_depth,
-            "fingerprint": facts["fingerprint"],
-        }
-    return block
-
-
-def adaptor_tensors(student: Student) -> dict[str, Tensor]:
-    """Return the adaptors' weights as `<teacher>.<summary|features>.<key>`."""
-    state = student.adaptors.state_dict()
-    return {key: value.detach().contiguous().clone() for key, value in state.items()}
-
-
-def preprocessor(source: Checkpoint) -> dict[str, Any]:
-    """Return an image processor's settings: pixels in [0, 1], the model normalises by itself."""
-    last = list(source.config.stages[-1].partitions.values())[-1].image_size
+def _facts(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
+    facts, teacher = checkpoint.state["teachers"][name], checkpoint.config.teachers[name]
     return {
-        "image_processor_type": "CLIPImageProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"height": last, "width": last},
-        "resample": 3,
-        "do_center_crop": False,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": False,
+        "kind": facts["kind"],
+        "fingerprint": facts["fingerprint"],
+        "pretrained": teacher.pretrained,
+        "weights_licence": teacher.card.weights_licence,
+        "source": teacher.card.source,
     }
-
-
-def _student(source: Checkpoint) -> Student:
-    teachers = {name: TeacherFacts(**facts) for name, facts in source.state["teachers"].items()}
-    student = student_for(source.config, teachers, init=False)
-    student.load_state_dict(source.model)
-    return student.eval()
-
-
-def _refuse_foreign(target: Path) -> None:
-    if not target.exists():
-        return
-    if not target.is_dir() or (any(target.iterdir()) and not (target / FILES[0]).exists()):
-        raise RadioError(f"{target} exists and is no encoder folder; choose another output folder")
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")

@@ -144,8 +144,11 @@ def _reweighted(weight: Tensor, factor: State, eps: float) -> Tensor:
     exact = weight.double()
     sigma = factor["_u"].double() @ exact @ factor["_v"].double() + eps
     scale = factor["scale"].double()
-    if int(factor["_sn_version"]) != 1 if "_sn_version" in factor else False:
+    version = int(factor["_sn_version"]) if "_sn_version" in factor else 1
+    if version == 2:
         scale = F.softplus(scale) + SPECTRAL_ALPHA
+    elif version != 1:
+        raise RadioError(f"spectral reparametrisation of version {version} is unknown; known: 1, 2")
     return (exact * (scale / sigma)).to(weight.dtype)
 
 

@@ -1,41 +1,33 @@
-"""Features of pictures into parquet: one row per planned picture, failed ones too.
-
-OUT/manifest.json            what was encoded, by what, how
-OUT/plan.parquet             row, key, uri
-OUT/data/00000.parquet       row, key, uri, sha256, H, W, grid_h, grid_w, status, error,
-                             <summary> FixedSizeList<halffloat>[D]
-OUT/data/00000.patches.safetensors   <features> [sum of tokens, D] f16, offsets [rows + 1]
-OUT/data/00000.done.json     rows, ok, failed, sha256 per file; written last
-"""
+"""Features of pictures into parquet: one row per planned picture, failed ones too."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from jaxtyping import UInt8
-from safetensors.numpy import save_file
 from torch import Tensor
 
 from radio import __version__
 from radio.data.decode import decode
-from radio.encoder.encoder import Encoder, Size
+from radio.encoder.encoder import Encoder
+from radio.encoder.images import Size, check_size, pair, to_pixels
 from radio.errors import RadioError
 from radio.extraction.plan import Row, plan_rows
+from radio.extraction.shard_files import MERGED, Encoded, write_plan, write_shard
 
 DECODERS = 2  # threads that read and resize while the model works
+SHARD_ROWS = 10_000
+SHARD_BYTES = 512 << 20  # features held in memory before a shard is closed
 
 
 @dataclass(frozen=True)
@@ -50,17 +42,31 @@ class EncodeResult:
     seconds: float
 
 
-@dataclass
-class Prepared:
-    """A picture on its way: pixels or the reason why there are none, then its features."""
+@dataclass(frozen=True)
+class Work:
+    """How every picture is treated."""
 
-    row: Row
-    sha256: str | None
-    height: int
-    width: int
-    pixels: UInt8[Tensor, "3 h w"] | None
-    error: str | None
-    features: dict[str, np.ndarray]
+    encoder: Encoder
+    features: tuple[str, ...]
+    size: Size | None
+    merge_to: int | None
+    batch: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what decides the stored numbers, for JSON."""
+        return {
+            "features": list(self.features),
+            "size": None if self.size is None else list(pair(self.size)),
+            "merge_to": self.merge_to,
+            "dtype": "float16",
+            "preprocess": "upright RGB, one bicubic pass with antialias, pixels in [0, 1]",
+        }
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the encoder's weights and `as_dict`."""
+        text = self.encoder.fingerprint + json.dumps(self.as_dict(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
 
 
 def encode(
@@ -71,8 +77,9 @@ def encode(
     size: Size | None = None,
     merge_to: int | None = None,
     batch: int = 16,
-    shard_rows: int = 10_000,
     overwrite: bool = False,
+    shard_rows: int = SHARD_ROWS,
+    shard_bytes: int = SHARD_BYTES,
 ) -> EncodeResult:
     """Encode every picture of `sources` into `out`; a damaged one becomes a row with its reason.
 
@@ -81,219 +88,134 @@ def encode(
         out: folder to write.
         encoder: from `radio.load`.
         features: names of `encoder.feature_names`; stored as float16.
-        size: side or (height, width); without it each goes to its nearest multiple of the patch.
+        size: side or (height, width) in px; without it each goes to its nearest multiple of the
+            patch.
         merge_to: merge patch features to this many tokens.
         batch: pictures of one size per forward.
-        shard_rows: rows per parquet file.
         overwrite: replace an earlier extraction in `out`.
+        shard_rows: rows of a shard at most.
+        shard_bytes: a shard is closed when its features have reached this many bytes.
 
     Raises:
-        RadioError: no pictures, an unknown feature name, or `out` holds something already.
+        RadioError: no pictures, an unknown feature name, a size that does not fit the patch, or
+            `out` holds something already.
     """
     started = time.perf_counter()
-    encoder.check_names(features)
+    work = Work(encoder, tuple(features), size, merge_to, batch)
+    encoder.check_request(work.features, merge_to)
+    if size is not None:
+        check_size(*pair(size), encoder.patch_size)
     rows = plan_rows([sources] if isinstance(sources, str) else sources)
     folder = _empty_folder(Path(out), overwrite)
-    how = {"features": list(features), "size": size, "merge_to": merge_to, "dtype": "float16"}
-    fingerprint = _fingerprint(encoder, how)
-    _write_plan(folder, rows, how, fingerprint)
-    ok = 0
-    shards = range(0, len(rows), shard_rows)
-    with ThreadPoolExecutor(DECODERS) as pool:
-        for number, first in enumerate(shards):
-            part = rows[first : first + shard_rows]
-            prepared = _prepare_all(pool, part, encoder, size, 2 * batch)
-            done = _encode_all(encoder, prepared, features, merge_to, batch)
-            ok += _write_shard(folder / "data", number, done, encoder, features, fingerprint)
+    fingerprint = work.fingerprint
+    write_plan(folder, rows, _manifest(work, fingerprint, len(rows)))
+    dims = {name: encoder.feature_dims[name] for name in work.features}
+    ok = shards = 0
+    for items in _shards(_encoded(rows, work), shard_rows, shard_bytes):
+        ok += write_shard(folder / "data", shards, items, dims, fingerprint)
+        shards += 1
     seconds = time.perf_counter() - started
-    return EncodeResult(str(out), len(rows), ok, len(rows) - ok, len(shards), seconds)
+    return EncodeResult(str(out), len(rows), ok, len(rows) - ok, shards, seconds)
 
 
 def _empty_folder(folder: Path, overwrite: bool) -> Path:
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         ours = (folder / "manifest.json").exists()
         if not (overwrite and ours):
-            what = "an extraction" if ours else "other files"
+            what = "an extraction" if ours else "something else"
             raise RadioError(f"{folder} already holds {what}; choose another output folder")
         shutil.rmtree(folder)
     (folder / "data").mkdir(parents=True, exist_ok=True)
     return folder
 
 
-def _fingerprint(encoder: Encoder, how: dict[str, Any]) -> str:
-    digest = hashlib.sha256(json.dumps(how, sort_keys=True).encode())
-    for key, value in sorted(encoder.state_dict().items()):
-        digest.update(key.encode())
-        digest.update(value.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _write_plan(folder: Path, rows: list[Row], how: dict[str, Any], fingerprint: str) -> None:
-    columns = {"row": [r.row for r in rows], "key": [r.key for r in rows]}
-    table = pa.table({**columns, "uri": [row.uri for row in rows]})
-    pq.write_table(table, folder / "plan.parquet")
-    manifest = {
+def _manifest(work: Work, fingerprint: str, num_rows: int) -> dict[str, Any]:
+    versions = {"radio-distill": __version__, "torch": str(torch.__version__)}
+    return {
         "schema": 1,
         "fingerprint": fingerprint,
-        "rows": len(rows),
-        **how,
-        "preprocess": "RGB, bicubic with antialias, pixels in [0, 1]",
-        "versions": {"radio-distill": __version__, "torch": str(torch.__version__)},
+        "rows": num_rows,
+        **work.as_dict(),
+        "versions": versions,
     }
-    _commit(folder / "manifest.json", json.dumps(manifest, indent=2).encode())
 
 
-def _prepare_all(
-    pool: ThreadPoolExecutor, rows: list[Row], encoder: Encoder, size: Size | None, ahead: int
-) -> Iterator[Prepared]:
-    """Read and resize at most `ahead` pictures before they are needed, in order."""
-    waiting = []
-    for row in rows:
-        waiting.append(pool.submit(_prepare, row, encoder, size))
-        if len(waiting) >= ahead:
-            yield waiting.pop(0).result()
-    for future in waiting:
-        yield future.result()
+def _shards(items: Iterator[Encoded], max_rows: int, max_bytes: int) -> Iterator[list[Encoded]]:
+    """Cut a run of rows where a shard is full; what it depends on does not change between runs."""
+    shard: list[Encoded] = []
+    num_bytes = 0
+    for item in items:
+        shard.append(item)
+        num_bytes += item.num_bytes
+        if len(shard) == max_rows or num_bytes >= max_bytes:
+            yield shard
+            shard, num_bytes = [], 0
+    if shard:
+        yield shard
 
 
-def _prepare(row: Row, encoder: Encoder, size: Size | None) -> Prepared:
-    sha256 = None
+@dataclass
+class _Waiting:
+    """A picture on its way to the model; no pixels: it failed, or its batch is done."""
+
+    item: Encoded
+    pixels: UInt8[Tensor, "3 h w"] | None
+
+
+def _encoded(rows: Sequence[Row], work: Work) -> Iterator[Encoded]:
+    """Yield rows in order; pictures of one size run together, as far as a few batches reach."""
+    window: deque[_Waiting] = deque()
+    for waiting in _prepared(rows, work):
+        window.append(waiting)
+        if len(window) >= 4 * work.batch:
+            _forward_like(window, work)
+        while window and window[0].pixels is None:
+            yield window.popleft().item
+    while window:
+        _forward_like(window, work)
+        while window and window[0].pixels is None:
+            yield window.popleft().item
+
+
+def _forward_like(window: deque[_Waiting], work: Work) -> None:
+    """Run the model on the first waiting picture and the next ones of its size."""
+    first = next((waiting.pixels for waiting in window if waiting.pixels is not None), None)
+    if first is None:
+        return
+    group = [w for w in window if w.pixels is not None and w.pixels.shape == first.shape]
+    group = group[: work.batch]
+    pixels = torch.stack([waiting.pixels for waiting in group if waiting.pixels is not None])
+    outputs = work.encoder.encode(pixels, work.features, merge_to=work.merge_to, batch=work.batch)
+    grid = work.encoder.grid((first.shape[-2], first.shape[-1]))
+    for name, values in outputs.items():
+        arrays = (values if name in MERGED else values.half()).cpu().numpy()
+        for waiting, array in zip(group, arrays, strict=True):
+            waiting.item.features[name] = array
+    for waiting in group:
+        waiting.item.grid = grid
+        waiting.pixels = None
+
+
+def _prepared(rows: Sequence[Row], work: Work) -> Iterator[_Waiting]:
+    """Read and resize a little ahead of the model, in order."""
+    ahead: deque[Future[_Waiting]] = deque()
+    with ThreadPoolExecutor(DECODERS) as pool:
+        for row in rows:
+            ahead.append(pool.submit(_prepare, row, work))
+            if len(ahead) >= 2 * work.batch:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+
+def _prepare(row: Row, work: Work) -> _Waiting:
+    item = Encoded(row)
     try:
         data = row.source.read(row.index)
-        sha256 = hashlib.sha256(data).hexdigest()
+        item.sha256 = hashlib.sha256(data).hexdigest()
         image = decode(data)
-        pixels = encoder.prepare(image, size)[0]
+        item.height, item.width = image.height, image.width
+        return _Waiting(item, to_pixels(image, work.encoder.patch_size, work.size))
     except (RadioError, OSError) as error:  # this row fails, its neighbours do not
-        return Prepared(row, sha256, 0, 0, None, str(error), {})
-    return Prepared(row, sha256, image.height, image.width, pixels, None, {})
-
-
-def _encode_all(
-    encoder: Encoder,
-    prepared: Iterator[Prepared],
-    features: Sequence[str],
-    merge_to: int | None,
-    batch: int,
-) -> list[Prepared]:
-    """Run the model on batches of one size; rows keep their order."""
-    done: list[Prepared] = []
-    by_size: dict[tuple[int, ...], list[Prepared]] = {}
-    for item in prepared:
-        done.append(item)
-        if item.pixels is None:
-            continue
-        group = by_size.setdefault(tuple(item.pixels.shape), [])
-        group.append(item)
-        if len(group) == batch:
-            _forward(encoder, group, features, merge_to)
-            group.clear()
-    for group in by_size.values():
-        if group:
-            _forward(encoder, group, features, merge_to)
-    return done
-
-
-def _forward(
-    encoder: Encoder, group: list[Prepared], features: Sequence[str], merge_to: int | None
-) -> None:
-    pixels = torch.stack([item.pixels for item in group if item.pixels is not None])
-    outputs = encoder.encode(pixels, features, merge_to=merge_to)
-    for name, values in outputs.items():
-        wide = name in ("sizes", "assignment")
-        array = values.cpu().numpy() if wide else values.half().cpu().numpy()
-        for item, value in zip(group, array, strict=True):
-            item.features[name] = value
-    for item in group:
-        height, width = item.pixels.shape[-2:] if item.pixels is not None else (0, 0)
-        item.features["grid"] = np.array(encoder.grid(height, width))
-        item.pixels = None  # the memory of a whole shard's pixels is not needed
-
-
-def _write_shard(
-    data: Path,
-    number: int,
-    items: list[Prepared],
-    encoder: Encoder,
-    features: Sequence[str],
-    fingerprint: str,
-) -> int:
-    """Write one shard's files, `done.json` last, and return how many rows are fine."""
-    started = time.perf_counter()
-    ok = sum(item.error is None for item in items)
-    pooled = [name for name in features if name.endswith("summary")]
-    dense = [name for name in features if not name.endswith("summary")]
-    files = {f"{number:05d}.parquet": _table(items, pooled)}
-    for name, table in files.items():
-        temporary = data / f".tmp-{name}"
-        pq.write_table(table, temporary)
-        _rename(temporary, data / name)
-    written = list(files)
-    if dense:
-        name = f"{number:05d}.patches.safetensors"
-        save_file(_patches(items, dense), data / f".tmp-{name}")
-        _rename(data / f".tmp-{name}", data / name)
-        written.append(name)
-    facts = {
-        "rows": len(items),
-        "ok": ok,
-        "failed": len(items) - ok,
-        "fingerprint": fingerprint,
-        "seconds": time.perf_counter() - started,
-        "sha256": {name: _sha256(data / name) for name in written},
-    }
-    _commit(data / f"{number:05d}.done.json", json.dumps(facts, indent=2).encode())
-    return ok
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _table(items: list[Prepared], pooled: Sequence[str]) -> pa.Table:
-    grids = [item.features.get("grid", np.zeros(2, dtype=int)) for item in items]
-    columns: dict[str, Any] = {
-        "row": pa.array([item.row.row for item in items], pa.int64()),
-        "key": [item.row.key for item in items],
-        "uri": [item.row.uri for item in items],
-        "sha256": pa.array([item.sha256 for item in items], pa.string()),
-        "H": pa.array([item.height for item in items], pa.int32()),
-        "W": pa.array([item.width for item in items], pa.int32()),
-        "grid_h": pa.array([int(grid[0]) for grid in grids], pa.int32()),
-        "grid_w": pa.array([int(grid[1]) for grid in grids], pa.int32()),
-        "status": ["ok" if item.error is None else "failed" for item in items],
-        "error": pa.array([item.error for item in items], pa.string()),
-    }
-    for name in pooled:
-        values = [item.features.get(name) for item in items]
-        width = next((len(value) for value in values if value is not None), 0)
-        kind = pa.list_(pa.float16(), width)
-        columns[name] = pa.array(
-            [None if value is None else value.astype(np.float16) for value in values], kind
-        )
-    return pa.table(columns)
-
-
-def _patches(items: list[Prepared], dense: Sequence[str]) -> dict[str, np.ndarray]:
-    """Return `<name>` [sum of tokens, D] and `offsets` [rows + 1] (and `sizes` when merged)."""
-    lengths = [len(item.features[dense[0]]) if item.error is None else 0 for item in items]
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    tensors = {"offsets": offsets}
-    fine = [item for item in items if item.error is None]
-    for name in (*dense, "sizes"):
-        values = [item.features[name] for item in fine if name in item.features]
-        if values:
-            tensors[name] = np.ascontiguousarray(np.concatenate(values))
-    return tensors
-
-
-def _commit(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_bytes(data)
-    _rename(temporary, path)
-
-
-def _rename(temporary: Path, final: Path) -> None:
-    """Make the bytes safe on disk, then give them their name."""
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(final)
+        item.error = str(error)
+        return _Waiting(item, None)

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from radio.data.shards import EXTENSIONS, ImageSource, open_images
+from radio.data.shards import ImageSource, open_images
+from radio.data.tar_index import EXTENSIONS
 from radio.errors import RadioError
 
 

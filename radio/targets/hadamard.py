@@ -86,11 +86,12 @@ def _givens(below: float, between: float, above: float) -> tuple[float, float]:
     """Return (cosine, sine) of the smaller angle that brings a variance to the mean.
 
     With x = tan(angle), the variance's distance from the mean after the turn is zero where
-    below + 2 between x + above x^2 = 0; below < 0 < above, so there are two roots.
+    below + 2 between x + above x^2 = 0; below < 0 < above, so there are two roots, q / above and
+    below / q, of which the second is never the larger.
     """
     root = np.hypot(between, np.sqrt(-below) * np.sqrt(above))
     q = -(between + np.copysign(root, between))  # no cancellation
-    x = min(below / q, q / above, key=abs)
+    x = below / q
     cosine = 1 / np.hypot(1, x)
     return float(cosine), float(x * cosine)
 

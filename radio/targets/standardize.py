@@ -1,36 +1,42 @@
 """Standardizers: fitted affine maps of a teacher's features, PHI-S above all.
 
-One class holds the statistics and the map; a short function per kind turns a covariance into the
-forward matrix W and its inverse: y' = W (y - mu), y = W^-1 y' + mu. With covariance
-Sigma = U L U^T, PHI-S (2410.01680, eq. 21-26) is W = phi^-1 H U^T, phi = sqrt(mean L): every
-channel gets variance 1 by one scalar, so that MSE in y' is MSE in y up to phi^2.
+One class holds the statistics and the map; a function per kind (standardizer_kinds.py) turns a
+covariance into the forward matrix W and its inverse: y' = W (y - mu), y = W^-1 y' + mu. With
+covariance Sigma = U L U^T, PHI-S (2410.01680, eq. 21-26) is W = phi^-1 H U^T, phi = sqrt(mean L):
+every channel gets variance 1 by one scalar, so that MSE in y' is MSE in y up to phi^2.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from radio.errors import RadioError
-from radio.targets.hadamard import can_build, equal_diagonal_rotation, hadamard
+from radio.targets.standardizer_file import read_file, read_header, write_file
+from radio.targets.standardizer_kinds import STANDARDIZERS
 
-# The smallest phi (root mean variance), so that a wholly constant teacher divides by something;
-# the smallest known teacher, DFN CLIP, has 0.03.
-PHI_FLOOR = 1e-8
-# No single standard deviation is taken smaller than this share of phi. Eigenvalues of missing
-# rank are rounding noise of about this size, and whitening must not blow that up any further.
-DEVIATION_FLOOR = 1e-6
+__all__ = [
+    "STANDARDIZERS",
+    "GlobalScale",
+    "HadamardWhitening",
+    "Identity",
+    "PcaWhitening",
+    "PerChannel",
+    "PhiS",
+    "Standardizer",
+    "ZcaWhitening",
+    "load_standardizers",
+    "make_standardizer",
+    "read_metadata",
+    "save_standardizers",
+]
 
 Matrix = Float[Tensor, "c c"]
-Maps = tuple[Matrix, Matrix]  # W and its inverse
 
 
 class Standardizer:
@@ -131,9 +137,9 @@ class Standardizer:
 
         The covariance is that of the rows seen, divided by their number n (not n - 1).
         Eigenvector signs are canonical, but eigh differs between machines in the last bits: fit
-        once and share the file. A constant channel, and directions of missing rank, take a
-        standard deviation of DEVIATION_FLOOR phi where a kind divides by their own; a teacher
-        that is constant everywhere takes PHI_FLOOR for phi.
+        once and share the file. Where a kind divides by their own standard deviation, constant
+        channels take 1e-6 phi (CHANNEL_FLOOR) and directions of missing rank 1e-5 phi
+        (WHITENING_FLOOR); a teacher that is constant everywhere takes 1e-8 for phi (PHI_FLOOR).
 
         Raises:
             RadioError: fewer than 2 rows were seen.
@@ -169,7 +175,8 @@ class Standardizer:
         """Return `transform` of features whose channels are dimension 1, contiguous."""
         cast = self._cast_for(features, features.shape[1:2])
         centred = features.flatten(2).to(cast.mean.dtype) - cast.mean[:, None]
-        return _multiply_left(cast.matrix, centred).to(features.dtype).view(features.shape)
+        mapped = _multiply_left(cast.matrix, centred).to(features.dtype)
+        return mapped.contiguous().view(features.shape)
 
     def as_linear(self) -> tuple[Float[Tensor, "c c"], Float[Tensor, " c"]]:
         """Return (weight, bias) of the inverse, float64: y = y' @ weight.T + bias."""
@@ -277,88 +284,81 @@ def _multiply_left(matrix: Tensor, x: Tensor) -> Tensor:
         return matrix @ x
 
 
-def _eigen(covariance: Matrix) -> tuple[Tensor, Matrix, float]:
-    """Return eigenvalues (clipped at 0), canonical eigenvectors in columns, and phi.
-
-    An eigenvector's largest entry is positive, the first of them on ties.
-    """
-    values, vectors = torch.linalg.eigh(covariance)
-    values = values.clamp_min(0)
-    largest = vectors.abs().argmax(0)
-    signs = vectors.gather(0, largest[None]).sign()
-    return values, vectors * signs, max(float(values.mean().sqrt()), PHI_FLOOR)
-
-
-def _rotation(values: Tensor) -> Matrix:
-    """Return an orthogonal matrix that spreads the eigenvalues evenly over all channels."""
-    n = len(values)
-    if can_build(n):
-        return hadamard(n) / n**0.5
-    return equal_diagonal_rotation(torch.diag(values))
-
-
-def _phi_s(covariance: Matrix) -> Maps:
-    """phi^-1 H U^T."""
-    values, vectors, phi = _eigen(covariance)
-    rotation = _rotation(values) @ vectors.T
-    return rotation / phi, rotation.T * phi
-
-
-def _global_scale(covariance: Matrix) -> Maps:
-    """phi^-1 I."""
-    phi = max(float(covariance.diagonal().mean().sqrt()), PHI_FLOOR)
-    eye = torch.eye(len(covariance), dtype=torch.float64)
-    return eye / phi, eye * phi
-
-
-def _per_channel(covariance: Matrix) -> Maps:
-    """diag(Sigma)^-1/2."""
-    variances = covariance.diagonal()
-    phi = max(float(variances.mean().sqrt()), PHI_FLOOR)
-    deviations = variances.sqrt().clamp_min(DEVIATION_FLOOR * phi)
-    return torch.diag(1 / deviations), torch.diag(deviations)
-
-
-def _whitening(covariance: Matrix, turn: Callable[[Tensor, Matrix], Matrix]) -> Maps:
-    """R L^-1/2 U^T, with R = turn(eigenvalues, U) orthogonal."""
-    values, vectors, phi = _eigen(covariance)
-    deviations = values.sqrt().clamp_min(DEVIATION_FLOOR * phi)
-    left = turn(values, vectors)
-    return left @ (vectors / deviations).T, (vectors * deviations) @ left.T
-
-
-def _pca(covariance: Matrix) -> Maps:
-    """L^-1/2 U^T."""
-    return _whitening(covariance, lambda values, _: torch.eye(len(values), dtype=torch.float64))
-
-
-def _zca(covariance: Matrix) -> Maps:
-    """U L^-1/2 U^T."""
-    return _whitening(covariance, lambda _, vectors: vectors)
-
-
-def _hadamard(covariance: Matrix) -> Maps:
-    """H L^-1/2 U^T: an error in any whitened channel costs the same in y."""
-    return _whitening(covariance, lambda values, _: _rotation(values))
-
-
-def _identity(covariance: Matrix) -> Maps:
-    """I."""
-    eye = torch.eye(len(covariance), dtype=torch.float64)
-    return eye, eye.clone()
-
-
-STANDARDIZERS: dict[str, Callable[[Matrix], Maps]] = {
-    "phi_s": _phi_s,
-    "global_scale": _global_scale,
-    "per_channel": _per_channel,
-    "pca": _pca,
-    "zca": _zca,
-    "hadamard": _hadamard,
-    "identity": _identity,
-}
-
-
 def make_standardizer(kind: str, num_channels: int, name: str = "") -> Standardizer:
     """Return an unfitted standardizer of a kind in STANDARDIZERS."""
     return Standardizer(kind, num_channels, name)
+
+
+def PhiS(num_channels: int, name: str = "") -> Standardizer:
+    """PHI-S, W = phi^-1 H U^T: variance 1 in every channel by one scalar scale (2410.01680)."""
+    return Standardizer("phi_s", num_channels, name)
+
+
+def GlobalScale(num_channels: int, name: str = "") -> Standardizer:
+    """W = phi^-1 I: the mean variance over channels becomes 1."""
+    return Standardizer("global_scale", num_channels, name)
+
+
+def PerChannel(num_channels: int, name: str = "") -> Standardizer:
+    """W = diag(Sigma)^-1/2: every channel is divided by its own standard deviation."""
+    return Standardizer("per_channel", num_channels, name)
+
+
+def PcaWhitening(num_channels: int, name: str = "") -> Standardizer:
+    """W = L^-1/2 U^T: the covariance becomes I."""
+    return Standardizer("pca", num_channels, name)
+
+
+def ZcaWhitening(num_channels: int, name: str = "") -> Standardizer:
+    """W = U L^-1/2 U^T: the covariance becomes I with the least change."""
+    return Standardizer("zca", num_channels, name)
+
+
+def HadamardWhitening(num_channels: int, name: str = "") -> Standardizer:
+    """W = H L^-1/2 U^T: the covariance becomes I, and errors cost the same in every channel."""
+    return Standardizer("hadamard", num_channels, name)
+
+
+def Identity(num_channels: int, name: str = "") -> Standardizer:
+    """W = I, mu = 0: features stay as they are; fitted from the start."""
+    return Standardizer("identity", num_channels, name)
+
+
+def save_standardizers(
+    path: str | Path, standardizers: Mapping[str, Standardizer], metadata: Mapping[str, str]
+) -> None:
+    """Write fitted standardizers, without their statistics, into one safetensors file.
+
+    The same maps and metadata give the same bytes.
+
+    Raises:
+        RadioError: one of them is not fitted; names the teacher.
+    """
+    states = {}
+    for name, standardizer in standardizers.items():
+        count = torch.tensor(standardizer.count)
+        states[name] = {"count": count, **standardizer._fitted()._asdict()}
+    kinds = {name: standardizer.kind for name, standardizer in standardizers.items()}
+    write_file(Path(path), kinds, states, metadata)
+
+
+def load_standardizers(path: str | Path) -> dict[str, Standardizer]:
+    """Return what `save_standardizers` wrote, by teacher.
+
+    Raises:
+        RadioError: the file is missing, cut or something else; names it and the way out.
+    """
+    kinds, states = read_file(Path(path))
+    return {
+        name: Standardizer(kind, len(states[name]["mean"]), name).load_state_dict(states[name])
+        for name, kind in kinds.items()
+    }
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """Return the metadata that `save_standardizers` was given, reading no tensor.
+
+    Raises:
+        RadioError: the file is missing, cut or something else; names it and the way out.
+    """
+    return read_header(Path(path)).metadata

@@ -1,6 +1,7 @@
 """Losses: pure functions from predictions and targets to one number per view.
 
 Legend: b views, c channels, h w grid. All compute in float32 or wider, whatever they are given.
+Positions that are not valid have no effect and no gradient, even where they hold NaN.
 """
 
 from __future__ import annotations
@@ -18,64 +19,90 @@ Maps = Float[Tensor, "b c h w"]
 Valid = Bool[Tensor, "b h w"]
 PerView = Float[Tensor, " b"]
 
+# C-RADIOv4 divides the squared angle by each teacher's measured dispersion (`angle_dispersion`:
+# SigLIP2-g 0.694, DINOv3-7B 2.186). Where none was measured, a right angle costs 1, as in 1 - cos.
+RIGHT_ANGLE = (math.pi / 2) ** 2
+# No vector is divided by less, so that the gradient at a zero prediction is not boundless.
+SMALLEST_NORM = 1e-6
+
 
 def cosine_loss(predicted: Summaries, target: Summaries) -> PerView:
-    """1 - cos(x, y) (AM-RADIO 2312.06709, eq. 2)."""
-    return 1 - F.cosine_similarity(_wide(predicted), _wide(target), dim=-1)
+    """1 - cos(x, y) (AM-RADIO 2312.06709, section 3); 1 where a vector is zero."""
+    return 1 - (_unit(_wide(predicted), -1) * _unit(_wide(target), -1)).sum(-1)
 
 
-def angle_loss(predicted: Summaries, target: Summaries, dispersion: float) -> PerView:
-    """Theta(x, y)^2 / Disp (C-RADIOv4): the squared angle over the teacher's own spread.
+def angle_loss(
+    predicted: Summaries, target: Summaries, dispersion: float | Float[Tensor, ""] = RIGHT_ANGLE
+) -> PerView:
+    """Theta(x, y)^2 / Disp(Theta_y), in radians squared over the teacher's own spread (C-RADIOv4).
 
-    The angle is atan2(|u - v|, |u + v|) * 2 of the unit vectors, whose gradient stays finite
-    where arccos has none.
+    Args:
+        predicted: x.
+        target: y.
+        dispersion: Disp, the teacher's `angle_dispersion`.
     """
-    x = F.normalize(_wide(predicted), dim=-1)
-    y = F.normalize(_wide(target), dim=-1)
-    return angle_between(x, y).square() / dispersion
+    return angle_between(predicted, target).square() / dispersion
 
 
 def angle_between(x: Summaries, y: Summaries) -> PerView:
-    """Return the angle in radians between unit vectors."""
-    tiny = torch.finfo(x.dtype).tiny
-    apart = (x - y).square().sum(-1).clamp_min(tiny).sqrt()
-    together = (x + y).square().sum(-1).clamp_min(tiny).sqrt()
-    return 2 * torch.atan2(apart, together)
+    """Return Theta(x, y) in radians, 0 to pi.
+
+    Theta = 2 atan2(|u - v|, |u + v|) of the unit vectors, exact for small angles and with a
+    finite gradient where that of arccos(cos) is infinite.
+    """
+    u, v = _unit(_wide(x), -1), _unit(_wide(y), -1)
+    return 2 * torch.atan2(_norm(u - v, -1), _norm(u + v, -1)).squeeze(-1)
 
 
 def angle_dispersion(targets: Summaries) -> Float[Tensor, ""]:
-    """Disp = E[Theta(y, mu)^2], mu = E[y] / |E[y]| over unit vectors y (C-RADIOv4)."""
-    unit = F.normalize(_wide(targets), dim=-1)
-    centre = F.normalize(unit.mean(0, keepdim=True), dim=-1)
-    return angle_between(unit, centre.expand_as(unit)).square().mean()
+    """Disp = E[Theta(y, mu)^2], mu = E[y] / |E[y]|, in radians squared (C-RADIOv4)."""
+    centre = _wide(targets).mean(0, keepdim=True)
+    return angle_between(_wide(targets), centre.expand(len(targets), -1)).square().mean()
 
 
 def mse_loss(predicted: Maps, target: Maps, valid: Valid) -> PerView:
     """Mean over valid positions and channels of (x - y)^2 (PHI-S 2410.01680)."""
-    return _masked_mean((_wide(predicted) - _wide(target)).square().mean(1), valid)
+    return _masked_mean(_difference(predicted, target, valid).square().mean(1), valid)
 
 
 def smooth_l1_loss(predicted: Maps, target: Maps, valid: Valid) -> PerView:
-    """Mean over valid positions and channels of the Huber-like loss with beta 1."""
-    error = F.smooth_l1_loss(_wide(predicted), _wide(target), reduction="none")
+    """Mean over valid positions and channels of d^2 / 2 for |d| < 1, else |d| - 1/2; d = x - y."""
+    difference = _difference(predicted, target, valid)
+    error = F.smooth_l1_loss(difference, torch.zeros_like(difference), reduction="none")
     return _masked_mean(error.mean(1), valid)
 
 
 def cosine_map_loss(predicted: Maps, target: Maps, valid: Valid) -> PerView:
     """Mean over valid positions of 1 - cos between feature vectors."""
-    return _masked_mean(1 - F.cosine_similarity(_wide(predicted), _wide(target), dim=1), valid)
+    x, y = (_unit(_masked(_wide(maps), valid), 1) for maps in (predicted, target))
+    return _masked_mean(1 - (x * y).sum(1), valid)
 
 
 def hybrid_loss(predicted: Maps, target: Maps, valid: Valid) -> PerView:
-    """0.9 cos + 0.1 smooth-L1 (AM-RADIO 2312.06709, eq. 3, alpha 0.9, beta 0.1)."""
+    """0.9 (1 - cos) + 0.1 smooth-L1 (AM-RADIO 2312.06709, section 3)."""
     cosine = cosine_map_loss(predicted, target, valid)
     return 0.9 * cosine + 0.1 * smooth_l1_loss(predicted, target, valid)
 
 
-def weighted_mean(per_view: PerView, num_valid: Shaped[Tensor, " b"]) -> Float[Tensor, ""]:
-    """Mean over views weighted by sqrt(valid positions), as RADIO weighs resolutions."""
-    weights = num_valid.to(per_view.dtype).sqrt()
-    return (per_view * weights).sum() / weights.sum().clamp_min(1e-12)
+def weighted_mean(per_example: PerView, num_valid: Shaped[Tensor, " b"]) -> Float[Tensor, ""]:
+    """Mean over views weighted by sqrt(valid positions), as RADIO weighs resolutions.
+
+    A view without valid positions has no effect; without any at all the mean is 0.
+    """
+    values = _wide(per_example)
+    weights = num_valid.to(values.dtype).sqrt()
+    kept = torch.where(weights > 0, values, torch.zeros_like(values))
+    return (kept * weights).sum() / weights.sum().clamp_min(torch.finfo(values.dtype).tiny)
+
+
+def _difference(predicted: Maps, target: Maps, valid: Valid) -> Maps:
+    return _masked(_wide(predicted) - _wide(target), valid)
+
+
+def _masked(maps: Maps, valid: Valid) -> Maps:
+    """Put zeros where not valid; before any square or root, so that no NaN enters a gradient."""
+    zero = torch.zeros((), dtype=maps.dtype, device=maps.device)
+    return torch.where(valid[:, None], maps, zero)
 
 
 def _masked_mean(error: Float[Tensor, "b h w"], valid: Valid) -> PerView:
@@ -84,21 +111,23 @@ def _masked_mean(error: Float[Tensor, "b h w"], valid: Valid) -> PerView:
     return kept.sum((1, 2)) / valid.sum((1, 2)).clamp_min(1)
 
 
+def _unit(x: Tensor, dim: int) -> Tensor:
+    return x / _norm(x, dim).clamp_min(SMALLEST_NORM)
+
+
+def _norm(x: Tensor, dim: int) -> Tensor:
+    """Return the Euclidean norm, kept as a dimension, with gradient 0 at zero."""
+    tiny = torch.finfo(x.dtype).tiny
+    return x.square().sum(dim, keepdim=True).clamp_min(tiny).sqrt()
+
+
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-# C-RADIOv4 divides by each teacher's measured dispersion; undivided, a right angle costs 1.
-RIGHT_ANGLE = (math.pi / 2) ** 2
-
-
-def _plain_angle_loss(predicted: Summaries, target: Summaries) -> PerView:
-    return angle_loss(predicted, target, RIGHT_ANGLE)
-
-
 SUMMARY_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "cosine": cosine_loss,
-    "angle": _plain_angle_loss,
+    "angle": angle_loss,
 }
 FEATURE_LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "mse": mse_loss,

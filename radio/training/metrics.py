@@ -9,11 +9,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
-from student.model import Student, StudentOutput
 from torch import Tensor
 
 from radio.targets.grid import to_grid
 from radio.targets.stream import PartitionBatch, StepBatch
+from student.model import Student, StudentOutput
 
 
 class Fidelity:

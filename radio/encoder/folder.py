@@ -1,0 +1,235 @@
+"""The encoder folder on disk: reading any that we know, writing ours whole or not at all.
+
+config.json                transformers' RadioConfig, our `adaptors` block, vLLM's fields
+model.safetensors          the backbone in NVIDIA's names, LayerScale folded
+adaptors.safetensors       <teacher>.<summary|features>.<key>
+preprocessor_config.json   README.md   SHA256SUMS
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from radio.encoder.layout import SUMMARY_ROWS, State, below, from_disk, to_disk
+from radio.encoder.published import read_pth, read_remote
+from radio.encoder.weights import HEADS, EncoderWeights, TeacherHeads
+from radio.errors import RadioError
+from radio.training.checkpoint import SUMS, write_sums
+
+CONFIG, MODEL, ADAPTORS = "config.json", "model.safetensors", "adaptors.safetensors"
+FILES = (CONFIG, MODEL, ADAPTORS, "preprocessor_config.json", "README.md", SUMS)
+VLLM_MODELS = {384: "small", 768: "base", 1024: "large", 1280: "huge"}
+
+
+def read_weights(path: Path) -> EncoderWeights:
+    """Read an encoder folder of ours, NVIDIA's folder (remote code or native), or a `.pth.tar`.
+
+    Raises:
+        RadioError: none of these; the message lists what was expected and what is there.
+    """
+    if path.is_file():
+        return read_pth(path)
+    if not path.is_dir():
+        raise RadioError(f"{path} does not exist; expected an encoder folder or a .pth.tar file")
+    shards = sorted(path.glob("model*.safetensors"))
+    if not (path / CONFIG).exists() or not shards:
+        found = ", ".join(sorted(item.name for item in path.iterdir())[:8]) or "nothing"
+        raise RadioError(
+            f"{path} is no encoder folder: expected {CONFIG} and {MODEL} (from `radio fuse RUN "
+            f"FOLDER`, or NVIDIA's), found {found}"
+        )
+    tensors = {key: value for shard in shards for key, value in _load(shard).items()}
+    config = _read_config(path / CONFIG)
+    if "args" in config:
+        return read_remote(tensors, config)
+    if config.get("model_type") != "radio":
+        raise RadioError(
+            f"{path / CONFIG} has model_type {config.get('model_type')!r}; expected 'radio', or "
+            "the `args` of NVIDIA's remote code"
+        )
+    return _read_native(path, tensors, config)
+
+
+def _read_native(path: Path, tensors: State, config: dict[str, Any]) -> EncoderWeights:
+    adaptors = config.get("adaptors", {})
+    states = _load(path / ADAPTORS) if adaptors else {}
+    rows = tensors[SUMMARY_ROWS].tolist() if SUMMARY_ROWS in tensors else config["summary_idxs"]
+    return EncoderWeights(
+        from_disk(tensors),
+        int(config["num_attention_heads"]),
+        int(config["num_cls_tokens"]),
+        tuple(rows),
+        {name: _heads(states, name, dict(block)) for name, block in adaptors.items()},
+        align_corners=bool(config.get("cpe_align_corners", False)),
+        image_size=int(config["image_size"]),
+        origin=config.get("origin", {}),
+    )
+
+
+def _heads(states: State, name: str, block: dict[str, Any]) -> TeacherHeads:
+    found = {kind: below(states, f"{name}.{kind}.") for kind in HEADS}
+    present = {kind: state for kind, state in found.items() if state}
+    row, left_out = block.pop("cls_row"), block.pop("left_out", {})
+    return TeacherHeads(row, present, left_out, block)
+
+
+def _load(path: Path) -> State:
+    try:
+        tensors: State = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise RadioError(f"{path} is missing or no whole safetensors file: {error}") from error
+    return tensors
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config: dict[str, Any] = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise RadioError(f"{path} is no JSON: {error}") from error
+    return config
+
+
+def write_folder(weights: EncoderWeights, card: str, out: Path) -> None:
+    """Write the folder under a temporary name and rename it; an older encoder is replaced.
+
+    Raises:
+        RadioError: `out` holds files that are no encoder folder's.
+    """
+    refuse_foreign(out)
+    temporary, old = (out.with_name(f".{kind}-{out.name}-{os.getpid()}") for kind in ("tmp", "old"))
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        _write_files(weights, card, temporary)
+        if out.exists():
+            out.rename(old)
+        temporary.rename(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if out.exists():
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_files(weights: EncoderWeights, card: str, folder: Path) -> None:
+    disk = to_disk(weights.backbone, weights.summary_rows)
+    save_file(disk, folder / MODEL, metadata={"format": "pt"})
+    heads = {
+        f"{name}.{kind}.{key}": value.float().contiguous().clone()
+        for name, teacher in weights.teachers.items()
+        for kind, state in teacher.states.items()
+        for key, value in state.items()
+    }
+    save_file(heads, folder / ADAPTORS, metadata={"format": "pt"})
+    _write_json(folder / CONFIG, config_of(weights))
+    _write_json(folder / "preprocessor_config.json", preprocessor_of(weights))
+    (folder / "README.md").write_text(card)
+    write_sums(folder)
+
+
+def refuse_foreign(out: Path) -> None:
+    """Raise RadioError when writing an encoder to `out` would destroy something else."""
+    if not out.exists():
+        return
+    names = sorted(path.name for path in out.iterdir()) if out.is_dir() else [out.name]
+    if names and (CONFIG not in names or "adaptors" not in _read_config(out / CONFIG)):
+        raise RadioError(f"{out} exists and is no encoder folder; choose another output folder")
+    extra = [name for name in names if name not in FILES]
+    if extra:
+        raise RadioError(
+            f"{out} also holds {', '.join(extra[:4])}, which `radio fuse` did not write and would "
+            "delete; move it away or choose another output folder"
+        )
+
+
+def config_of(weights: EncoderWeights) -> dict[str, Any]:
+    """Return config.json: RadioConfig's fields, our `adaptors` and `origin`, vLLM's fields."""
+    shape = weights.shape
+    ratio = shape.mlp_hidden / shape.width
+    if int(shape.width * ratio) != shape.mlp_hidden:  # RadioModel truncates the product
+        ratio = (shape.mlp_hidden + 0.5) / shape.width
+    return {
+        "architectures": ["RadioModel"],
+        "model_type": "radio",
+        "dtype": "float32",
+        "hidden_size": shape.width,
+        "num_hidden_layers": shape.depth,
+        "num_attention_heads": shape.heads,
+        "mlp_ratio": ratio,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-6,
+        "attention_probs_dropout_prob": 0.0,
+        "hidden_dropout_prob": 0.0,
+        "drop_path_rate": 0.0,
+        "use_swiglu_ffn": False,
+        "qkv_bias": True,
+        "layerscale_value": 1.0,
+        "num_channels": 3,
+        "patch_size": weights.patch_size,
+        "image_size": weights.image_size,
+        "max_img_size": weights.table_size,
+        "num_cls_tokens": weights.num_cls,
+        "num_registers": weights.num_registers,
+        "video_temporal_patch_size": None,
+        "summary_idxs": list(weights.summary_rows),
+        "norm_mean": weights.backbone["input_conditioner.norm_mean"].flatten().tolist(),
+        "norm_std": weights.backbone["input_conditioner.norm_std"].flatten().tolist(),
+        "initializer_range": 0.02,
+        "cpe_align_corners": weights.align_corners,
+        "adaptors": {name: _block(teacher) for name, teacher in weights.teachers.items()},
+        "origin": weights.origin,
+        **_vllm_fields(weights),
+    }
+
+
+def _block(teacher: TeacherHeads) -> dict[str, Any]:
+    dims = {
+        "summary_dim" if kind == "summary" else "feature_dim": len(state["final.2.weight"])
+        for kind, state in teacher.states.items()
+    }
+    left_out = {"left_out": teacher.left_out} if teacher.left_out else {}
+    return {**teacher.facts, "cls_row": teacher.cls_row, **dims, **left_out}
+
+
+def _vllm_fields(weights: EncoderWeights) -> dict[str, Any]:
+    """Return what vLLM's RADIO tower counts tokens by, where it knows such a ViT."""
+    rows = {
+        teacher.cls_row: name
+        for name, teacher in weights.teachers.items()
+        if teacher.cls_row is not None and "summary" in teacher.states
+    }
+    known = VLLM_MODELS.get(weights.shape.width)
+    if known is None or weights.patch_size != 16 or len(rows) != weights.num_cls:
+        return {}
+    return {
+        "model_name": f"vit_{known}_patch16_224",
+        "cpe_max_size": weights.table_size,
+        "teachers": [{"name": rows[row], "use_summary": True} for row in sorted(rows)],
+        "cls_token_per_teacher": True,
+        "register_multiple": weights.num_cls + weights.num_registers,
+    }
+
+
+def preprocessor_of(weights: EncoderWeights) -> dict[str, Any]:
+    """Return an image processor's settings: pixels in [0, 1], the model normalises by itself."""
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"height": weights.image_size, "width": weights.image_size},
+        "resample": 3,
+        "do_center_crop": False,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": False,
+    }
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")

@@ -1,0 +1,210 @@
+"""NVIDIA's published checkpoints: the hub's `.pth.tar` and the folders of their remote code.
+
+A `.pth.tar` is {arch, epoch, state_dict | state_dict_ema, args: Namespace}; a folder holds
+config.json with the same `args` as a dict. Upstream: NVlabs/RADIO `hubconf.py`, `hf_model.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from radio.encoder.layout import (
+    SUMMARY_ROWS,
+    State,
+    below,
+    clean_backbone,
+    from_disk,
+    head_problem,
+    materialise_spectral,
+)
+from radio.encoder.weights import EncoderWeights, TeacherHeads, heads_of_width
+from radio.errors import RadioError
+
+# `ls1` weights of a .pth.tar lie under these; heads under the teacher's name or its number.
+HUB_HEADS = {"summary": "_heads.", "features": "_feature_projections."}
+REMOTE_HEADS = {"summary": "head_mlp.", "features": "feat_mlp."}
+FIRST_FIXED_MAJOR = 3  # RADIO and C-RADIO up to v2.5 were published under aligned corners
+PREFERRED_SIZE = 512
+
+
+def read_pth(path: Path) -> EncoderWeights:
+    """Read a hub checkpoint; heads that MlpAdaptor cannot hold are left out with the reason.
+
+    Raises:
+        RadioError: a file of something else, or a backbone that is no plain ViT.
+    """
+    checkpoint = _unpickle(path)
+    kind = "state_dict_ema" if "state_dict_ema" in checkpoint else "state_dict"
+    args = vars(checkpoint["args"])
+    state = {k.removeprefix("module."): v for k, v in checkpoint[kind].items()}
+    state = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    if below(state, "_feature_normalizer."):
+        raise RadioError(
+            f"{path} holds a feature normalizer, which no encoder folder can; load the same model "
+            "without it (radio_v2.5-h instead of radio_v2.5-h-norm)"
+        )
+    conditioner = below(state, "input_conditioner.")
+    backbone = clean_backbone(
+        {
+            **materialise_spectral(below(state, "base_model."), _spectral_eps(args)),
+            **{f"input_conditioner.{key}": value for key, value in conditioner.items()},
+        }
+    )
+    teachers: list[dict[str, Any]] = args["teachers"]
+    heads = {
+        teacher["name"]: _hub_heads(state, args, teachers, index)
+        for index, teacher in enumerate(teachers)
+        if _first_of_name(teachers, index)
+    }
+    return EncoderWeights(
+        backbone,
+        heads_of_width(_width(backbone, path)),
+        _num_cls(args),
+        _hub_summary_rows(args),
+        heads,
+        align_corners=published_with_aligned_corners(path.name, teachers),
+        image_size=PREFERRED_SIZE,
+        origin={"file": path.name, "arch": str(args.get("model")), "weights": kind},
+    )
+
+
+def _unpickle(path: Path) -> dict[str, Any]:
+    checkpoint: Any
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise RadioError(
+            f"{path} is no checkpoint of NVIDIA's that can be read safely ({error}); expected "
+            "tensors and an argparse.Namespace only"
+        ) from error
+    has_weights = isinstance(checkpoint, dict) and (
+        "state_dict" in checkpoint or "state_dict_ema" in checkpoint
+    )
+    if not has_weights or not isinstance(checkpoint.get("args"), argparse.Namespace):
+        found = sorted(checkpoint) if isinstance(checkpoint, dict) else type(checkpoint).__name__
+        raise RadioError(
+            f"{path} is no checkpoint of NVIDIA's: expected state_dict (or state_dict_ema) and "
+            f"args, found {found}"
+        )
+    return dict(checkpoint)
+
+
+def _spectral_eps(args: Mapping[str, Any]) -> float:
+    """Return the constant added to sigma: 1e-6, or 1e-12 when the run gave options of its own."""
+    options = args.get("spectral_reparam")
+    return float(options.get("eps", 1e-12)) if isinstance(options, dict) else 1e-6
+
+
+def _hub_heads(
+    state: State, args: Mapping[str, Any], teachers: Sequence[Mapping[str, Any]], index: int
+) -> TeacherHeads:
+    teacher = teachers[index]
+    found = {}
+    for kind, prefix in HUB_HEADS.items():
+        named = below(state, f"{prefix}{teacher['name']}.")
+        found[kind] = materialise_spectral(named or below(state, f"{prefix}{index}."))
+    row = int(teacher.get("token_slot", index)) if args.get("cls_token_per_teacher", True) else 0
+    facts = {"kind": str(teacher.get("type")), "model": str(teacher.get("model"))}
+    upsampling = int(teacher.get("fd_upsample_factor") or 1)
+    return teacher_heads(found, row, upsampling, facts)
+
+
+def teacher_heads(
+    found: Mapping[str, State], cls_row: int, upsampling: int, facts: dict[str, Any]
+) -> TeacherHeads:
+    """Sort a teacher's heads into those that MlpAdaptor can hold and those left out, with why."""
+    states: dict[str, State] = {}
+    left_out: dict[str, str] = {}
+    for kind, state in found.items():
+        if not state:
+            continue
+        problem = head_problem(state)
+        if kind == "features" and upsampling > 1:
+            problem = f"it makes {upsampling} x {upsampling} positions of each patch"
+        if problem is None:
+            states[kind] = {key: value.float() for key, value in state.items()}
+        else:
+            left_out[kind] = problem
+    return TeacherHeads(cls_row, states, left_out, facts)
+
+
+def _first_of_name(teachers: Sequence[Mapping[str, Any]], index: int) -> bool:
+    """Tell whether no earlier entry names the same teacher (one per partition is usual)."""
+    return all(other["name"] != teachers[index]["name"] for other in teachers[:index])
+
+
+def _num_cls(args: Mapping[str, Any]) -> int:
+    if not args.get("cls_token_per_teacher", True):
+        return 1
+    return len({teacher["name"] for teacher in args["teachers"]})
+
+
+def _hub_summary_rows(args: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the numbers of each name's first teacher that has a summary (not its token slot)."""
+    if not args.get("cls_token_per_teacher", True):
+        return (0,)
+    first: dict[str, int] = {}
+    for index, teacher in enumerate(args["teachers"]):
+        if teacher.get("use_summary", True):
+            first.setdefault(teacher["name"], index)
+    return tuple(sorted(first.values()))
+
+
+def published_with_aligned_corners(label: str, teachers: Sequence[Mapping[str, Any]]) -> bool:
+    """Tell whether a checkpoint was published when eval CPE resized with aligned corners.
+
+    v1 to v2.5 were, in their label. Labels lie, so a SigLIP2 or DINOv3 teacher (v3, v4) overrules
+    them; without either the checkpoint is taken for an old one.
+    """
+    names = {f"{teacher['name']} {teacher.get('type')}" for teacher in teachers}
+    if any(re.search(r"siglip2|dino_?v3|sam_?3", name) for name in names):
+        return False
+    version = re.search(r"radio[-_]?v(\d+)", label.lower())
+    return version is None or int(version[1]) < FIRST_FIXED_MAJOR
+
+
+def read_remote(tensors: State, config: Mapping[str, Any]) -> EncoderWeights:
+    """Read a folder made for NVIDIA's remote code: config.json has `args`, `version`, ..."""
+    if below(tensors, "radio_model.feature_normalizer."):
+        raise RadioError("a feature normalizer has no place in an encoder; load another version")
+    args = config["args"]
+    backbone = from_disk(materialise_spectral(tensors))
+    configs: Mapping[str, Any] = config.get("adaptor_configs") or {}
+    heads = {name: _remote_heads(tensors, name, how) for name, how in configs.items()}
+    rows = tuple(tensors[SUMMARY_ROWS].tolist()) if SUMMARY_ROWS in tensors else (0,)
+    return EncoderWeights(
+        backbone,
+        heads_of_width(_width(backbone, config.get("version"))),
+        _num_cls(args),
+        rows,
+        heads,
+        align_corners=published_with_aligned_corners(str(config.get("version")), args["teachers"]),
+        image_size=PREFERRED_SIZE,
+        origin={"version": str(config.get("version"))},
+    )
+
+
+def _remote_heads(tensors: State, name: str, how: Mapping[str, Any]) -> TeacherHeads:
+    below_name = below(tensors, f"radio_model.adaptors.{name}.")
+    found = {
+        kind: materialise_spectral(below(below_name, prefix))
+        for kind, prefix in REMOTE_HEADS.items()
+    }
+    upsampling = int(how["feature"].get("upsample_factor") or 1)
+    return teacher_heads(found, int(how["head_idx"]), upsampling, {})
+
+
+def _width(backbone: State, what: object) -> int:
+    key = "patch_generator.embedder.weight"
+    if key not in backbone:
+        raise RadioError(f"{what} holds no RADIO backbone: '{key}' is missing")
+    return int(backbone[key].shape[0])

@@ -1,0 +1,131 @@
+"""The command line as a user meets it: real processes, their exit codes and words."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_distill import losses_of
+from tiny import tiny_config, write_pictures
+
+from radio.training.distill import distill
+
+ROOT = Path(__file__).parents[1]
+
+
+def radio(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", "from radio.cli import main; main()", *words],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        timeout=300,
+        check=False,
+    )
+
+
+def test_help_teaches_every_verb(tmp_path: Path) -> None:
+    done = radio("--help", cwd=tmp_path)
+    assert done.returncode == 0
+    for verb in ("demo", "train", "fit", "fuse", "encode", "evaluate", "teachers", "doctor"):
+        assert verb in done.stdout
+
+
+def test_help_and_teachers_import_neither_torch_nor_ray(tmp_path: Path) -> None:
+    program = (
+        "import sys, radio.cli, radio.config\n"
+        "radio.cli.teachers(json_file=None)\n"
+        "assert not {'torch', 'ray', 'timm'} & set(sys.modules), 'heavy imports'\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert "demo_clip" in done.stdout.replace("\n", "") or "clip" in done.stdout
+
+
+def test_teachers_as_json_has_every_card(tmp_path: Path) -> None:
+    listed = json.loads(radio("teachers", "--json", "-", cwd=tmp_path).stdout)
+    names = {path.stem for path in (ROOT / "configs" / "teacher").glob("*.yaml")}
+    assert set(listed) == names
+    assert listed["sam_h"]["card"]["summary_dim"] is None
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["train", "experiment=dmeo"], "dmeo"),
+        (["train", "experiment=demo", "data.train=nowhere"], "data.train: nowhere"),
+        (["train", "experiment=demo", "data.train=empty"], "empty"),
+        (["train", "experiment=demo", "optimizer.lrr=1"], "lrr"),
+        (["evaluate", "nowhere"], "nowhere"),
+        (["evaluate", "nowhere", "--task", "luck"], "fidelity"),
+        (["fuse", "nowhere", "out"], "nowhere"),
+        (["encode", "empty", "-o", "out", "-m", "nowhere"], "nowhere"),
+    ],
+)
+def test_mistakes_exit_with_2_and_no_traceback(words: list[str], said: str, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    done = radio(*words, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert said in done.stderr
+
+
+def test_a_dry_run_prints_config_and_plan_and_runs_nothing(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "photos", 24)
+    done = radio(
+        "train", "--dry-run", "experiment=demo", "data.train=photos", "data.val=null", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert "24 train" in done.stdout and "partition low: 16 views at 128 px" in done.stdout
+    assert not (tmp_path / "runs").exists()
+
+
+def test_doctor_names_what_it_looked_at(tmp_path: Path) -> None:
+    findings = json.loads(radio("doctor", "--json", "-", cwd=tmp_path).stdout)
+    assert {"python", "torch", "ray", "memory", "disk here"} <= {f["what"] for f in findings}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_process_resumes_with_the_same_bits(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    """SIGINT and SIGTERM end after a whole step, saved; SIGKILL falls back to a checkpoint."""
+    config = tiny_config(tmp_path, steps=12)
+    program = (
+        "import sys, pathlib; sys.path.insert(0, sys.argv[2])\n"
+        "from radio.cli import main\n"
+        "from radio import config as c\n"
+        "from tiny import tiny_config\n"
+        "c.load = lambda overrides: tiny_config(pathlib.Path(sys.argv[1]), steps=12)\n"
+        "sys.argv = ['radio', 'train']\n"
+        "main()\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path), str(ROOT / "tests")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    metrics = Path(config.out) / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and '"step": 3,' in metrics.read_text()):
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == (-9 if number == signal.SIGKILL else 130), said
+    distill(config)
+    whole = tiny_config(tmp_path, steps=12)
+    whole.out = str(tmp_path / "whole")
+    distill(whole)
+    assert losses_of(config.out) == losses_of(whole.out)
+    if number != signal.SIGKILL:
+        assert "resumes" in said
+
+
+def test_the_readme_test_command_is_what_ci_runs() -> None:
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+    assert "make test" in (ROOT / "README.md").read_text()
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
