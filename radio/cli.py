@@ -326,6 +326,3 @@ def main() -> None:
     except RadioError as error:
         err.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        err.print("stopped; the same command resumes from the newest checkpoint")
-        sys.exit(130)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import ray
 
@@ -16,6 +18,7 @@ from radio.config import ClusterConfig
 from radio.errors import RadioError
 
 log = logging.getLogger("ray_jobs")
+KNOCK_SECONDS = 10.0
 
 
 @contextmanager
@@ -64,9 +67,17 @@ def _start_local(config: ClusterConfig, folder: Path) -> None:
 
 def _join(address: str) -> None:
     try:
+        _knock(address)
         ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise RadioError(
             f"no Ray cluster answers at cluster.address={address} ({error}); start one with "
             "`ray start --head`, or leave cluster.address=null for one of this machine"
         ) from error
+
+
+def _knock(address: str) -> None:
+    """Open and close a connection: Ray itself tries a silent address for minutes."""
+    place = urlsplit(address if "://" in address else f"//{address}")
+    if place.hostname is not None and place.port is not None:  # "auto" names no place
+        socket.create_connection((place.hostname, place.port), KNOCK_SECONDS).close()

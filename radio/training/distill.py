@@ -205,6 +205,7 @@ class _Run:
                 if due or stop.requested or step == plan.num_steps:
                     self._save(student, optimizer, standardizers, step)
                 if stop.requested:
+                    log.warning("stopped, step %d is saved; the same command resumes there", step)
                     raise KeyboardInterrupt
                 every = config.evaluation.every_steps
                 if every and step % every == 0 and step < plan.num_steps:
