@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -81,23 +81,28 @@ def build(
     if pretrained is None:
         redraw_constants(encoder, seed)
     else:
-        load_strictly(name, encoder, _encoder_state(name, pretrained), pretrained)
+        load_strictly(name, encoder, encoder_state(_read(name, pretrained)), pretrained)
     return SamTeacher(name, encoder, patch_size, width)
 
 
-def _encoder_state(name: str, pretrained: str) -> dict[str, Tensor]:
-    path = local_file(name, pretrained)
-    if path is None:
-        if pretrained not in RELEASES:
-            raise ValueError(
-                f"teacher '{name}': SAM has no weights '{pretrained}'; "
-                f"tags: {', '.join(RELEASES)}; a local file's path may be given instead"
-            )
-        require_hub(name, pretrained, f"{WEIGHTS}{pretrained}.pth")
-        state = torch.hub.load_state_dict_from_url(
-            f"{WEIGHTS}{pretrained}.pth", map_location="cpu", weights_only=True
-        )
-    else:
-        state = load_state(path)
+def encoder_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the blocks' part of a full SAM's state dict, in the encoder's own names."""
     used = {key: value for key, value in state.items() if not key.startswith(UNUSED)}
     return {key.removeprefix(ENCODER): value for key, value in used.items()}
+
+
+def _read(name: str, pretrained: str) -> Mapping[str, Tensor]:
+    path = local_file(name, pretrained)
+    if path is not None:
+        return load_state(path)
+    if pretrained not in RELEASES:
+        raise ValueError(
+            f"teacher '{name}': SAM has no weights '{pretrained}'; "
+            f"tags: {', '.join(RELEASES)}; a local file's path may be given instead"
+        )
+    url = f"{WEIGHTS}{pretrained}.pth"
+    require_hub(name, pretrained, url)
+    state: Mapping[str, Tensor] = torch.hub.load_state_dict_from_url(
+        url, map_location="cpu", weights_only=True
+    )
+    return state
