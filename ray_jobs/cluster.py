@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import secrets
+import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -19,14 +21,16 @@ from radio.errors import RadioError
 
 log = logging.getLogger("ray_jobs")
 KNOCK_SECONDS = 10.0
+AUTHENTICATION = "ray._private.authentication"
 
 
 @contextmanager
 def cluster(config: ClusterConfig) -> Iterator[None]:
     """Be connected to Ray inside the block; a local cluster is stopped after it.
 
-    `address: null` makes a local cluster with `cpus` logical CPUs (real threads come from
-    `threads`, so that four teachers fit on two cores). An address joins a running one.
+    `address: null` joins the cluster that RAY_ADDRESS names, as inside `ray job submit`; without
+    that it makes a local one with `cpus` logical CPUs (real threads come from `threads`, so that
+    four teachers fit on two cores). An address joins a running one.
 
     Raises:
         RadioError: nothing answers at the address.
@@ -34,25 +38,22 @@ def cluster(config: ClusterConfig) -> Iterator[None]:
     if ray.is_initialized():  # a job's own driver, or a test's session, is connected already
         yield
         return
-    with tempfile.TemporaryDirectory(prefix="radio-ray-") as folder:
-        if config.address is None:
-            _start_local(config, Path(folder))
-        else:
-            _join(config.address)
-        try:
-            yield
-        finally:
-            ray.shutdown()
+    address = config.address or os.environ.get("RAY_ADDRESS")
+    if address is None:
+        _start_local(config)
+    else:
+        _join(address)
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
-def _start_local(config: ClusterConfig, folder: Path) -> None:
-    # Ray turns token authentication on for local clusters and would write ~/.ray/auth_token;
-    # a token of our own leaves the user's home and other clusters alone.
-    if "RAY_AUTH_TOKEN" not in os.environ and "RAY_AUTH_TOKEN_PATH" not in os.environ:
-        token = folder / "token"
-        token.write_text(secrets.token_hex(32))
-        token.chmod(0o600)
-        os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
+def _start_local(config: ClusterConfig) -> None:
+    if not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+        os.environ["RAY_AUTH_TOKEN_PATH"] = _own_token()
+        # The mode is read when Ray is imported, so it cannot be set here to keep this one quiet.
+        logging.getLogger(f"{AUTHENTICATION}.authentication_token_setup").setLevel(logging.ERROR)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray.init(
         address="local",
@@ -63,6 +64,20 @@ def _start_local(config: ClusterConfig, folder: Path) -> None:
         logging_level=logging.WARNING,
         log_to_driver=False,
     )
+
+
+def _own_token() -> str:
+    """Write a token that lives as long as this process.
+
+    Ray turns token authentication on for local clusters and would write ~/.ray/auth_token; a
+    token of our own leaves the user's home and other clusters alone.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="radio-ray-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    token = folder / "token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32))
+    return str(token)
 
 
 def _join(address: str) -> None:

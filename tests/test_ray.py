@@ -101,3 +101,17 @@ def test_a_wrong_address_is_explained() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert "RadioError" in done.stderr and "cluster.address=127.0.0.1:1" in done.stderr
     assert "ray start --head" in done.stderr
+
+
+def test_one_process_makes_one_local_cluster_after_another() -> None:
+    program = (
+        "import ray\n"
+        "from radio.config import ClusterConfig\n"
+        "from ray_jobs.cluster import cluster\n"
+        "for number in range(2):\n"
+        "    with cluster(ClusterConfig(object_store_mb=128)):\n"
+        "        print(ray.get(ray.remote(lambda: number).remote()))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "0\n1\n", done.stderr
+    assert done.stderr == ""
