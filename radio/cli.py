@@ -212,7 +212,7 @@ def teachers(json_file: JsonFile = None) -> None:
     )
     for column in columns:
         numeric = column in {"summary", "features", "px", "stride", "M", "GFLOP"}
-        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+        table.add_column(column, justify="right" if numeric else "left", no_wrap=True)
     for name, teacher in listed.items():
         card = teacher.card
         table.add_row(
@@ -227,7 +227,8 @@ def teachers(json_file: JsonFile = None) -> None:
             " ".join(card.view_modes),
             card.weights_licence,
         )
-    out.print(table)
+    # A line that a narrow terminal breaks is still one to read, grep and copy; a cut cell is not.
+    Console(width=200).print(table)
 
 
 @app.command()

@@ -311,7 +311,7 @@ def _explain(error: Exception) -> str:
     text = str(error).strip()
     if error.__cause__ is not None and str(error.__cause__) not in text:
         text = f"{text}\n{error.__cause__}"
-    if "mismatched input" in text or "LexerNoViableAlt" in text or "token recognition" in text:
+    if re.search("mismatched input|no viable alternative|LexerNoViableAlt|token recognition", text):
         text += (
             "\nA value with braces, commas or spaces needs quotes of its own inside the shell's: "
             "\"data.train='a-{0..9}.tar'\"; a path goes to a leaf such as data.train="

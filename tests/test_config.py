@@ -55,6 +55,7 @@ def test_an_override_reaches_its_leaf_and_nothing_else() -> None:
         (["experiment=demo", "stages.0.partitions.low.views.sam=tile"], ["tile", "mosaic"]),
         (["experiment=demo", "teachers.sam.summary_weight=1"], ["sam.summary_weight", "must be 0"]),
         (["experiment=demo", "stages.0.partitions.low.views.clip=mosaic"], ["clip", "native"]),
+        (["experiment=demo", "data.train=[a"], ["'[a'", "needs quotes"]),
         ([], ["out has no value", "experiment=NAME", "demo"]),
     ],
 )
