@@ -252,3 +252,11 @@ def test_a_mosaic_that_does_not_fit_names_partition_and_teacher(tmp_path: Path) 
     config.stages[0].partitions["low"].image_size = 80
     with pytest.raises(RadioError, match=r"'low'.*'edges'"):
         distill(config)
+
+
+def test_looking_in_mid_run_changes_no_bit(undisturbed: Path, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    config.evaluation.every_steps = 2
+    distill(config)
+    assert losses_of(config.out) == losses_of(undisturbed)
+    assert [record["step"] for record in rows_of(config.out)] == [0, 2, 4, 6]

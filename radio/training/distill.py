@@ -185,6 +185,7 @@ class _Run:
         self.num_damaged_views = 0
         self.incarnation = 1
         self.losses: dict[str, Tensor] = {}  # of the last step, still on the device
+        self.rows: list[Row] = []  # of the last held-out evaluation
         self.logged = (0, time.perf_counter())
 
     def train(self) -> RunResult:
@@ -198,6 +199,7 @@ class _Run:
         optimizer = build_optimizer(student, config.optimizer)
         start = self._resume(student, optimizer)
         before = self._rows_of(0) or self._evaluate(student, files, 0)
+        self.rows = self._rows_of(start) or before
         step = start
         with StopSignal() as stop:
             for step in self._steps(student, optimizer, files, start):
@@ -209,8 +211,9 @@ class _Run:
                     raise KeyboardInterrupt
                 every = config.evaluation.every_steps
                 if every and step % every == 0 and step < plan.num_steps:
-                    self._evaluate(student, files, step)
-        after = self._rows_of(plan.num_steps) or self._evaluate(student, files, plan.num_steps)
+                    self.rows = self._evaluate(student, files, step)
+                    self._begin_training(step)
+        after = self._rows_of(step) or self._evaluate(student, files, step)
         self._report(student, files)
         if start == plan.num_steps:
             log.info("%s is finished at step %d; nothing to train", self.run.path, start)
@@ -227,9 +230,8 @@ class _Run:
         config, plan = self.config, self.plan
         request = Request("train", config.codec, files)
         specs = (plan(step) for step in range(start, plan.num_steps))
-        self.progress.phase("training", plan.num_steps)
         student.train()
-        self.logged = (start, time.perf_counter())
+        self._begin_training(start)
         for batch in self.stream.read(specs, request, self.incarnation):
             self.losses = training_step(student, optimizer, batch, config, plan, self.device)
             done = batch.step + 1
@@ -237,6 +239,10 @@ class _Run:
             if done % config.log_every_steps == 0 or done == plan.num_steps:
                 self._log(done, batch)
             yield done
+
+    def _begin_training(self, step: int) -> None:
+        self.progress.phase("training", self.plan.num_steps)
+        self.logged = (step, time.perf_counter())
 
     def _log(self, done: int, batch: StepBatch) -> None:
         losses = self._finite_losses(done)
@@ -256,7 +262,9 @@ class _Run:
                 "damaged": len(self.damaged),
             }
         )
-        self.progress.update(done, self.plan.num_steps, describe(losses, rate, wait_share))
+        self.progress.update(
+            done, self.plan.num_steps, describe(losses, rate, wait_share, self.rows)
+        )
 
     def _finite_losses(self, done: int) -> dict[str, float]:
         """Return the last step's losses as numbers; a NaN names its teacher and stops the run."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from radio.training.metrics import Row
 
 log = logging.getLogger("radio.train")
 LINE_SECONDS = 10.0  # without a terminal: a log line this often
@@ -67,7 +69,20 @@ class TrainingProgress:
         log.info("%d/%d  %s  ETA %.0f s", done, total, text, (total - done) / rate)
 
 
-def describe(losses: Mapping[str, float], images_per_second: float, wait_share: float) -> str:
-    """Return the training line: loss per teacher, rate, share of time waiting for teachers."""
-    shown = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
-    return f"{shown}  {images_per_second:.1f} images/s  {wait_share:.0%} waiting for teachers"
+def describe(
+    losses: Mapping[str, float], images_per_second: float, wait_share: float, rows: Sequence[Row]
+) -> str:
+    """Return the training line: loss per teacher, rate, share of waiting, last held-out fidelity.
+
+    A teacher's loss is the sum of its summary's and features'; the fidelity is the worst one.
+    """
+    teachers = dict.fromkeys(name.split("/")[0] for name in losses)
+    by_teacher = {
+        teacher: sum(loss for name, loss in losses.items() if name.split("/")[0] == teacher)
+        for teacher in teachers
+    }
+    shown = " ".join(f"{teacher} {loss:.2f}" for teacher, loss in by_teacher.items())
+    worst = min((row.fidelity for row in rows if not row.merged), default=None)
+    fidelity = "" if worst is None else f", fidelity {worst:.2f}"
+    rate = f"{images_per_second:.1f} images/s, {wait_share:.0%} waiting for teachers"
+    return f"loss {shown}, {rate}{fidelity}"
