@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import ast
+import importlib.metadata
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -24,10 +27,31 @@ def test_every_file_that_the_docs_name_exists() -> None:
 
 
 def test_every_dependency_is_accounted_for() -> None:
-    import tomllib
-
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     said = (ROOT / "docs" / "dependencies.md").read_text()
-    for requirement in project["dependencies"]:
-        name = re.split(r"[\[>=<]", requirement)[0]
+    for name in declared():
         assert name in said, f"docs/dependencies.md does not say why {name}"
+
+
+def test_every_import_is_a_declared_dependency() -> None:
+    homes = importlib.metadata.packages_distributions()
+    allowed = {name.replace("_", "-") for name in declared()} | {"omegaconf"}  # hydra's own part
+    for package in ("radio", "teachers", "student", "ray_jobs"):
+        for path in (ROOT / package).rglob("*.py"):
+            for module in imported(path) - sys.stdlib_module_names:
+                found = {home.lower().replace("_", "-") for home in homes.get(module, [])}
+                ours = module in ("radio", "teachers", "student", "ray_jobs")
+                optional = found & {"scikit-image", "scikit-learn"}  # the extra `demo`
+                assert ours or optional or found & allowed, f"{path.name} imports {module}"
+
+
+def declared() -> list[str]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return [re.split(r"[\[>=<]", requirement)[0] for requirement in project["dependencies"]]
+
+
+def imported(path: Path) -> set[str]:
+    """Return the top-level names of every absolute import in a file."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)]
+    return {name.split(".")[0] for name in names}
