@@ -29,20 +29,20 @@ def cluster(config: ClusterConfig) -> Iterator[None]:
     """Be connected to Ray inside the block; a local cluster is stopped after it.
 
     `address: null` joins the cluster that RAY_ADDRESS names, as inside `ray job submit`; without
-    that it makes a local one with `cpus` logical CPUs (real threads come from `threads`, so that
-    four teachers fit on two cores). An address joins a running one.
+    that, or with `address: local`, it makes one with `cpus` logical CPUs (real threads come from
+    `threads`, so that four teachers fit on two cores). Another address joins a running one.
 
     Raises:
         RadioError: nothing answers at the address.
     """
-    if ray.is_initialized():  # a job's own driver, or a test's session, is connected already
+    if ray.is_initialized():  # whoever connected this process also disconnects it
         yield
         return
-    address = config.address or os.environ.get("RAY_ADDRESS")
-    if address is None:
+    address = config.address or os.environ.get("RAY_ADDRESS") or "local"
+    if address == "local":
         _start_local(config)
     else:
-        _join(address)
+        _join(address, "RAY_ADDRESS" if config.address is None else "cluster.address")
     try:
         yield
     finally:
@@ -80,14 +80,14 @@ def _own_token() -> str:
     return str(token)
 
 
-def _join(address: str) -> None:
+def _join(address: str, key: str) -> None:
     try:
         _knock(address)
         ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
     except (OSError, RuntimeError, ValueError) as error:
         raise RadioError(
-            f"no Ray cluster answers at cluster.address={address} ({error}); start one with "
-            "`ray start --head`, or leave cluster.address=null for one of this machine"
+            f"no Ray cluster answers at {key}={address} ({error}); start one with "
+            "`ray start --head`, or use cluster.address=local for one of this machine"
         ) from error
 
 

@@ -103,6 +103,13 @@ def test_a_wrong_address_is_explained() -> None:
     assert "ray start --head" in done.stderr
 
 
+def test_a_wrong_ray_address_is_named_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(RadioError, match="RAY_ADDRESS=127"), cluster(ClusterConfig()):
+        raise AssertionError("nothing is there to join")
+
+
 def test_one_process_makes_one_local_cluster_after_another() -> None:
     program = (
         "import ray\n"
