@@ -172,14 +172,14 @@ def test_a_full_disk_keeps_the_earlier_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny_config(tmp_path)
-    write = checkpoint_module.save_file
+    write = checkpoint_module.save_tensors
 
     def full(tensors: dict[str, torch.Tensor], path: Path) -> None:
         if "step-000004" in str(path) and path.name == "optimizer.safetensors":
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         write(tensors, path)
 
-    monkeypatch.setattr(checkpoint_module, "save_file", full)
+    monkeypatch.setattr(checkpoint_module, "save_tensors", full)
     with pytest.raises(RadioError, match=r"disk full.*step-000002 is whole"):
         distill(config)
     kept = [path.name for path in (Path(config.out) / "checkpoints").iterdir()]

@@ -12,6 +12,7 @@ from pathlib import Path
 from radio.config import Config
 from radio.data.plan import fitting_plan
 from radio.errors import RadioError
+from radio.files import whole
 from radio.targets.standardize import (
     Standardizer,
     load_standardizers,
@@ -43,9 +44,8 @@ def fit(
     if not all(_fits(paths[name], name, wanted[name]) for name in paths):
         folder.mkdir(parents=True, exist_ok=True)
         for name, standardizer in _fit_all(config, stream, progress).items():
-            temporary = paths[name].with_suffix(".tmp")
-            save_standardizers(temporary, {name: standardizer}, wanted[name])
-            temporary.replace(paths[name])
+            with whole(paths[name]) as temporary:
+                save_standardizers(temporary, {name: standardizer}, wanted[name])
     return {name: StandardizerFile.of(path) for name, path in paths.items()}
 
 

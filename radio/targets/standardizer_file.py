@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from radio.errors import RadioError
+from radio.files import save_tensors
 
 HEADER = "radio.standardizers"
 States = dict[str, dict[str, Tensor]]  # by teacher, then by entry
@@ -38,7 +38,7 @@ def write_file(
     }
     # safetensors writes several header entries in an order of its own, a single one always alike.
     header = {"kinds": dict(kinds), "metadata": dict(metadata)}
-    save_file(tensors, path, metadata={HEADER: json.dumps(header, sort_keys=True)})
+    save_tensors(tensors, path, metadata={HEADER: json.dumps(header, sort_keys=True)})
 
 
 def read_file(path: Path) -> tuple[dict[str, str], States]:

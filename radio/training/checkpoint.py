@@ -10,7 +10,6 @@ complete. No random state is inside: each step reseeds itself.
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import shutil
 from collections.abc import Mapping
@@ -20,11 +19,12 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from radio.config import Config, from_yaml, to_yaml
 from radio.errors import RadioError
+from radio.files import save_tensors, sha256_of, sync
 from radio.targets.standardize import Standardizer, load_standardizers, save_standardizers
 
 SUMS = "SHA256SUMS"
@@ -65,7 +65,7 @@ def save_checkpoint(
         temporary.mkdir(parents=True)
         _write(temporary, step, student, optimizer, standardizers, config, state)
         os.rename(temporary, final)
-        _sync(folder)
+        sync(folder)
     except (OSError, RuntimeError) as error:  # safetensors reports I/O as its own RuntimeError
         shutil.rmtree(temporary, ignore_errors=True)
         raise _explained(error, folder) from error
@@ -83,21 +83,21 @@ def _write(
     state: Mapping[str, Any],
 ) -> None:
     model = {name: tensor.detach().contiguous() for name, tensor in student.state_dict().items()}
-    save_file(model, folder / "model.safetensors")
-    save_file(optimizer_tensors(student, optimizer), folder / "optimizer.safetensors")
+    save_tensors(model, folder / "model.safetensors")
+    save_tensors(optimizer_tensors(student, optimizer), folder / "optimizer.safetensors")
     save_standardizers(folder / "standardizers.safetensors", dict(standardizers), {})
     (folder / "state.yaml").write_text(yaml.safe_dump({"step": step, **state}, sort_keys=False))
     (folder / "config.yaml").write_text(to_yaml(config))
     write_sums(folder)
     for path in folder.iterdir():
-        _sync(path)
-    _sync(folder)
+        sync(path)
+    sync(folder)
 
 
 def write_sums(folder: Path) -> None:
     """Write SHA256SUMS over every file of a folder, readable by `sha256sum -c`."""
     names = sorted(path.name for path in folder.iterdir() if path.name != SUMS)
-    lines = [f"{_sha256(folder / name)}  {name}\n" for name in names]
+    lines = [f"{sha256_of(folder / name)}  {name}\n" for name in names]
     (folder / SUMS).write_text("".join(lines))
 
 
@@ -109,7 +109,7 @@ def check_sums(folder: Path) -> None:
     for line in sums.read_text().splitlines():
         digest, name = line.split(maxsplit=1)
         path = folder / name
-        if not path.exists() or _sha256(path) != digest:
+        if not path.exists() or sha256_of(path) != digest:
             raise RadioError(
                 f"{path} is missing or damaged; delete {folder} to resume from the checkpoint "
                 "before it"
@@ -189,16 +189,3 @@ def _explained(error: Exception, folder: Path) -> RadioError:
             "again, or lower checkpoint.keep"
         )
     return RadioError(f"cannot save a checkpoint to {folder}: {error}")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from radio.config import Config, from_yaml
 from radio.errors import RadioError
+from radio.files import write_whole
 from radio.training.figures import MOST_POINTS, NUM_COLOURS, curve, data_address, panel
 from radio.training.run_folder import RunFolder
 
@@ -64,9 +65,8 @@ def write_report(run: Path, pictures: Sequence[Picture] = ()) -> Path:
         lstrip_blocks=True,
     )
     html = environment.get_template("report.html.j2").render(_facts(folder, pictures))
-    path, unfinished = folder.path / "report.html", folder.path / "report.html.tmp"
-    unfinished.write_text(html, encoding="utf-8")
-    unfinished.replace(path)
+    path = folder.path / "report.html"
+    write_whole(path, html)
     return path
 
 

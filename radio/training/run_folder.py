@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 
 from radio.config import Config, from_yaml, to_yaml
 from radio.errors import RadioError
+from radio.files import write_whole
 
 # What may differ between a run and its resumption without changing what it computes.
 FREE = ("stream", "cluster", "checkpoint", "log_every_steps", "evaluation", "threads", "device")
@@ -58,14 +59,14 @@ class RunFolder:
     def cut(self, step: int) -> None:
         """Drop the records of steps that were not finished at `step`."""
         kept = [record for record in self.records() if record["step"] <= step]
-        self.metrics.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        write_whole(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
 
     def write_config(self, config: Config) -> None:
         """Write the resolved configuration, refusing another run's folder."""
         path = self.path / "config.yaml"
         if path.exists():
             refuse_changes(from_yaml(path.read_text()), config, self.path)
-        path.write_text(to_yaml(config))
+        write_whole(path, to_yaml(config))
 
 
 def refuse_changes(before: Config, now: Config, where: Path) -> None:
