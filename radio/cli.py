@@ -147,6 +147,7 @@ def encode(
     size: Annotated[int | None, typer.Option(help="Square side in pixels.")] = None,
     merge_to: Annotated[int | None, typer.Option(help="Merge patch features to this many.")] = None,
     batch: Annotated[int, typer.Option(help="Pictures per forward.")] = 16,
+    overwrite: Annotated[bool, typer.Option(help="Replace an earlier extraction.")] = False,
     json_file: JsonFile = None,
 ) -> None:
     """Extract features of pictures into parquet."""
@@ -161,6 +162,7 @@ def encode(
         size=size,
         merge_to=merge_to,
         batch=batch,
+        overwrite=overwrite,
     )
     _write_json(dataclasses.asdict(result), json_file)
     if json_file != "-":

@@ -37,7 +37,7 @@ class ThreadsConfig:
 
 @dataclasses.dataclass
 class ClusterConfig:
-    """Which Ray cluster: null is RAY_ADDRESS or else `local`, a new one with `cpus` logical CPUs."""
+    """Which Ray cluster: null is RAY_ADDRESS or else local, a new one of `cpus` logical CPUs."""
 
     address: str | None = None
     cpus: int = 8

@@ -69,7 +69,9 @@ def load_natively(encoder: Path) -> int:
         RadioError: transformers found missing or unexpected weights.
     """
     from transformers import AutoModel  # slow import
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()
     model, info = AutoModel.from_pretrained(encoder, output_loading_info=True)
     strange = {key: value for key, value in info.items() if value}
     if strange:

@@ -119,6 +119,7 @@ def wait_until_ready(
     refs: dict[Any, str] = {
         replica.ready.remote(): name for name, pool in pools.items() for replica in pool.replicas
     }
+    log.info("starting teachers in Ray actors: %s", ", ".join(pools))
     facts: dict[str, TeacherFacts] = {}
     started = time.monotonic()
     while refs:

@@ -29,7 +29,7 @@ from picture_zoo import (
     with_orientation,
     write_tar,
 )
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, ImageOps
 from torchvision.transforms import RandomResizedCrop
 
 from radio.data import decode as decode_module
@@ -120,6 +120,8 @@ def test_the_exif_orientation_is_applied(orientation: int) -> None:
     image = colours(7, 5)
     expected = TURNED[orientation](np.asarray(image))
     assert np.array_equal(pixels(with_orientation(image, orientation)), expected)
+    again = ImageOps.exif_transpose(decode(with_orientation(image, orientation)))
+    assert np.array_equal(np.asarray(again), expected), "turned twice"
     sixteen = Image.fromarray(np.arange(0, 35 * 257, 257, dtype=np.uint16).reshape(5, 7))
     found = pixels(with_orientation(sixteen, orientation))
     assert np.array_equal(found, TURNED[orientation](np.asarray(decode(saved(sixteen)))))

@@ -87,7 +87,13 @@ def _upright(image: Image.Image) -> Image.Image:
     except BROKEN:
         return image  # broken metadata beside whole pixels is no damage
     turn = UPRIGHT.get(orientation) if isinstance(orientation, int) else None
-    return image if turn is None else image.transpose(turn)
+    if turn is None:
+        return image
+    upright = image.transpose(turn)
+    # transpose keeps the tag, and who reads it again would turn the picture twice.
+    for named in ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"):
+        upright.info.pop(named, None)
+    return upright
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

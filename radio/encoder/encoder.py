@@ -59,6 +59,11 @@ class Encoder(nn.Module):
         self._fingerprint: str | None = None
         self.eval()
 
+    def train(self, mode: bool = True) -> Encoder:
+        """Stay in eval, also as part of a module in training: positions would turn random."""
+        super().train(False)
+        return self
+
     @property
     def patch_size(self) -> int:
         """Pixels per token and side."""
@@ -152,17 +157,11 @@ class Encoder(nn.Module):
         self, pixels: Pixels, wanted: tuple[str, ...], merge_to: int | None
     ) -> dict[str, Tensor]:
         device = self.backbone.patch_generator.pos_embed.device
-        try:
-            output = self.backbone(pixels.to(device))
-        except ValueError as error:  # the backbone refuses floats outside [0, 1]
-            raise RadioError(str(error)) from error
+        output = self.backbone(pixels.to(device))
         patches = output.features.flatten(2).transpose(1, 2)
         results: dict[str, Tensor] = {}
         if merge_to is not None:
-            try:
-                merged = merge_tokens(patches, merge_to, tuple(output.features.shape[-2:]))
-            except ValueError as error:
-                raise RadioError(f"merge_to: {error}") from error
+            merged = merge_tokens(patches, merge_to, tuple(output.features.shape[-2:]))
             patches = merged.tokens
             results = {"sizes": merged.sizes, "assignment": merged.assignment}
         values = {name: self._feature(name, output.cls, patches) for name in wanted}
@@ -170,12 +169,16 @@ class Encoder(nn.Module):
 
     def check_request(self, features: Sequence[str], merge_to: int | None = None) -> None:
         """Refuse what this encoder cannot give: RadioError with the known names, or why not."""
+        known = ", ".join(self.feature_names)
+        if not features:
+            raise RadioError(f"no feature is asked for; this encoder has: {known}")
         for name in features:
             if name in self._left_out:
                 raise RadioError(f"this encoder cannot give '{name}': {self._left_out[name]}")
             if name not in self.feature_names:
-                known = ", ".join(self.feature_names)
                 raise RadioError(f"unknown feature '{name}'; this encoder has: {known}")
+        if merge_to is not None and merge_to < 1:
+            raise RadioError(f"merge_to is {merge_to}; at least 1 token must be left")
         if merge_to is not None and all(name.endswith("summary") for name in features):
             dense = ", ".join(n for n in self.feature_names if n.endswith("features"))
             raise RadioError(f"merge_to merges per-patch features; ask for one of: {dense}")

@@ -15,16 +15,23 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from radio.encoder.layout import SUMMARY_ROWS, State, below, from_disk, to_disk
 from radio.encoder.published import read_pth, read_remote
 from radio.encoder.weights import HEADS, EncoderWeights, TeacherHeads
 from radio.errors import RadioError
+from radio.files import save_tensors
 from radio.training.checkpoint import SUMS, write_sums
 
 CONFIG, MODEL, ADAPTORS = "config.json", "model.safetensors", "adaptors.safetensors"
+INDEX = f"{MODEL}.index.json"  # of a model in several files
 FILES = (CONFIG, MODEL, ADAPTORS, "preprocessor_config.json", "README.md", SUMS)
+NEEDED = ("num_attention_heads", "num_cls_tokens", "num_hidden_layers", "image_size")
+# What RadioConfig leaves open and our backbone does not.
+FIXED = {"hidden_act": "gelu", "layer_norm_eps": 1e-6, "num_channels": 3, "use_swiglu_ffn": False}
+DIM_OF = {"summary": "summary_dim", "features": "feature_dim"}  # a head's channels in `adaptors`
+AGAIN = "make the folder anew with `radio fuse`, or download it again"
 VLLM_MODELS = {384: "small", 768: "base", 1024: "large", 1280: "huge"}
 
 
@@ -38,16 +45,16 @@ def read_weights(path: Path) -> EncoderWeights:
         return read_pth(path)
     if not path.is_dir():
         raise RadioError(f"{path} does not exist; expected an encoder folder or a .pth.tar file")
-    shards = sorted(path.glob("model*.safetensors"))
-    if not (path / CONFIG).exists() or not shards:
+    files = _model_files(path)
+    if not (path / CONFIG).exists() or not files:
         found = ", ".join(sorted(item.name for item in path.iterdir())[:8]) or "nothing"
         raise RadioError(
             f"{path} is no encoder folder: expected {CONFIG} and {MODEL} (from `radio fuse RUN "
             f"FOLDER`, or NVIDIA's), found {found}"
         )
-    tensors = {key: value for shard in shards for key, value in _load(shard).items()}
+    tensors = {key: value for file in files for key, value in _load(file).items()}
     config = _read_config(path / CONFIG)
-    if "args" in config:
+    if isinstance(config.get("args"), dict):
         return read_remote(tensors, config)
     if config.get("model_type") != "radio":
         raise RadioError(
@@ -57,26 +64,55 @@ def read_weights(path: Path) -> EncoderWeights:
     return _read_native(path, tensors, config)
 
 
+def _model_files(path: Path) -> list[Path]:
+    if (path / INDEX).exists():  # names files that may be missing
+        return [
+            path / name for name in sorted(set(_read_config(path / INDEX)["weight_map"].values()))
+        ]
+    return sorted(path.glob("model*.safetensors"))
+
+
 def _read_native(path: Path, tensors: State, config: dict[str, Any]) -> EncoderWeights:
+    _check_config(path / CONFIG, config)
     adaptors = config.get("adaptors", {})
     states = _load(path / ADAPTORS) if adaptors else {}
     rows = tensors[SUMMARY_ROWS].tolist() if SUMMARY_ROWS in tensors else config["summary_idxs"]
-    return EncoderWeights(
+    weights = EncoderWeights(
         from_disk(tensors),
         int(config["num_attention_heads"]),
         int(config["num_cls_tokens"]),
         tuple(rows),
-        {name: _heads(states, name, dict(block)) for name, block in adaptors.items()},
+        {name: _heads(path, states, name, dict(block)) for name, block in adaptors.items()},
         align_corners=bool(config.get("cpe_align_corners", False)),
         image_size=int(config["image_size"]),
         origin=config.get("origin", {}),
     )
+    if weights.shape.depth != config["num_hidden_layers"]:  # the depth is read off the tensors
+        raise RadioError(
+            f"{path} holds {weights.shape.depth} blocks but its {CONFIG} says "
+            f"{config['num_hidden_layers']}; {AGAIN}"
+        )
+    return weights
 
 
-def _heads(states: State, name: str, block: dict[str, Any]) -> TeacherHeads:
+def _check_config(path: Path, config: dict[str, Any]) -> None:
+    missing = [key for key in NEEDED if key not in config]
+    if missing:
+        raise RadioError(f"{path} lacks {', '.join(missing)}; {AGAIN}")
+    for key, value in FIXED.items():
+        if config.get(key, value) != value:
+            raise RadioError(
+                f"{path} has {key} {config[key]!r}; an encoder can only have {value!r}"
+            )
+
+
+def _heads(path: Path, states: State, name: str, block: dict[str, Any]) -> TeacherHeads:
     found = {kind: below(states, f"{name}.{kind}.") for kind in HEADS}
     present = {kind: state for kind, state in found.items() if state}
-    row, left_out = block.pop("cls_row"), block.pop("left_out", {})
+    for kind, dim in DIM_OF.items():
+        if dim in block and kind not in present:
+            raise RadioError(f"{path / ADAPTORS} lacks the head {name}:{kind}; {AGAIN}")
+    row, left_out = block.pop("cls_row", None), block.pop("left_out", {})
     return TeacherHeads(row, present, left_out, block)
 
 
@@ -84,15 +120,19 @@ def _load(path: Path) -> State:
     try:
         tensors: State = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise RadioError(f"{path} is missing or no whole safetensors file: {error}") from error
+        raise RadioError(
+            f"{path} is missing or no whole safetensors file ({error}); {AGAIN}"
+        ) from error
     return tensors
 
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        config: dict[str, Any] = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise RadioError(f"{path} is no JSON: {error}") from error
+        config = json.loads(path.read_text())
+    except ValueError as error:  # no JSON, or no text at all
+        raise RadioError(f"{path} is no JSON ({error}); {AGAIN}") from error
+    if not isinstance(config, dict):
+        raise RadioError(f"{path} holds a {type(config).__name__}, expected settings by name")
     return config
 
 
@@ -102,6 +142,7 @@ def write_folder(weights: EncoderWeights, card: str, out: Path) -> None:
     Raises:
         RadioError: `out` holds files that are no encoder folder's.
     """
+    out = out.resolve()  # a link stays, and "." has a name
     refuse_foreign(out)
     temporary, old = (out.with_name(f".{kind}-{out.name}-{os.getpid()}") for kind in ("tmp", "old"))
     shutil.rmtree(temporary, ignore_errors=True)
@@ -112,21 +153,22 @@ def write_folder(weights: EncoderWeights, card: str, out: Path) -> None:
             out.rename(old)
         temporary.rename(out)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if out.exists():
-            shutil.rmtree(old, ignore_errors=True)
+        if old.exists() and not out.exists():  # the new one could not take its place
+            old.rename(out)
+        for left in (temporary, old):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _write_files(weights: EncoderWeights, card: str, folder: Path) -> None:
     disk = to_disk(weights.backbone, weights.summary_rows)
-    save_file(disk, folder / MODEL, metadata={"format": "pt"})
+    save_tensors(disk, folder / MODEL, {"format": "pt"})
     heads = {
         f"{name}.{kind}.{key}": value.float().contiguous().clone()
         for name, teacher in weights.teachers.items()
         for kind, state in teacher.states.items()
         for key, value in state.items()
     }
-    save_file(heads, folder / ADAPTORS, metadata={"format": "pt"})
+    save_tensors(heads, folder / ADAPTORS, {"format": "pt"})
     _write_json(folder / CONFIG, config_of(weights))
     _write_json(folder / "preprocessor_config.json", preprocessor_of(weights))
     (folder / "README.md").write_text(card)
@@ -189,10 +231,7 @@ def config_of(weights: EncoderWeights) -> dict[str, Any]:
 
 
 def _block(teacher: TeacherHeads) -> dict[str, Any]:
-    dims = {
-        "summary_dim" if kind == "summary" else "feature_dim": len(state["final.2.weight"])
-        for kind, state in teacher.states.items()
-    }
+    dims = {DIM_OF[kind]: len(state["final.2.weight"]) for kind, state in teacher.states.items()}
     left_out = {"left_out": teacher.left_out} if teacher.left_out else {}
     return {**teacher.facts, "cls_row": teacher.cls_row, **dims, **left_out}
 

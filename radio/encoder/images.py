@@ -12,8 +12,9 @@ from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from radio.data.decode import DamagedImage, decode, to_rgb
+from radio.data.decode import BROKEN, DamagedImage, decode, to_rgb
 from radio.errors import RadioError
+from student.vit import RANGE_TOLERANCE
 
 Picture = Tensor | Image.Image | str | Path
 Size = int | tuple[int, int]
@@ -37,9 +38,10 @@ def check_size(height: int, width: int, patch: int) -> None:
         return
     low = [max(patch, side // patch * patch) for side in (height, width)]
     high = [max(patch, -(-side // patch) * patch) for side in (height, width)]
+    nearest = dict.fromkeys(f"{rows} x {columns}" for rows, columns in (low, high))
     raise RadioError(
-        f"{height} x {width} px is no multiple of the patch of {patch} px; the nearest sizes are "
-        f"{low[0]} x {low[1]} and {high[0]} x {high[1]}; pass size= to resize"
+        f"{height} x {width} px is no multiple of the patch of {patch} px; nearest: "
+        f"{' and '.join(nearest)}; pass size= to resize"
     )
 
 
@@ -53,6 +55,8 @@ def batches_of(
     """
     if size is not None:
         check_size(*pair(size), patch)
+    if batch < 1:
+        raise RadioError(f"batch is {batch}; at least 1 picture goes through at once")
     if isinstance(images, Tensor) and images.ndim == 4:
         images = list(images)
     several = [images] if isinstance(images, Tensor | Image.Image | str | Path) else list(images)
@@ -82,13 +86,15 @@ def to_pixels(image: Picture, patch: int, size: Size | None) -> Pixels:
     """
     if isinstance(image, Tensor):
         return _tensor(image, patch, size)
-    opened = _open(image)
-    height, width = nearest_size(opened.height, opened.width, patch) if size is None else pair(size)
-    return resized(opened, height, width)
+    return resized(_open(image), patch, size)
 
 
-def resized(image: Image.Image, height: int, width: int) -> UInt8[Tensor, "3 h w"]:
-    """Resize in one antialiased bicubic pass, as the views of training are."""
+def resized(image: Image.Image, patch: int, size: Size | None) -> UInt8[Tensor, "3 h w"]:
+    """Resize an upright RGB picture to `size`, or to the nearest that fits.
+
+    One antialiased bicubic pass, as the views of training are made.
+    """
+    height, width = nearest_size(image.height, image.width, patch) if size is None else pair(size)
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).contiguous()
@@ -102,6 +108,7 @@ def _tensor(image: Tensor, patch: int, size: Size | None) -> Pixels:
         )
     if image.dtype != torch.uint8 and not image.is_floating_point():
         raise RadioError(f"a picture of {image.dtype}; expected uint8, or floats in [0, 1]")
+    _check_range(image)
     height, width = (int(side) for side in image.shape[-2:])
     if size is None:
         check_size(height, width, patch)
@@ -114,13 +121,30 @@ def _tensor(image: Tensor, patch: int, size: Size | None) -> Pixels:
     return scaled[0].clamp(0, 1)
 
 
+def _check_range(pixels: Tensor) -> None:
+    """Refuse floats outside [0, 1], before a resize would clip them.
+
+    On the CPU only, as the backbone does: elsewhere a look at the values stops the queue.
+    """
+    if not pixels.is_floating_point() or pixels.device.type != "cpu" or not pixels.numel():
+        return
+    low, high = (float(bound) for bound in pixels.detach().aminmax())
+    if not (low >= -RANGE_TOLERANCE and high <= 1 + RANGE_TOLERANCE):
+        raise RadioError(f"the pixels lie in [{low:.3g}, {high:.3g}]; expected uint8 or [0, 1]")
+
+
 def _unit(pixels: Tensor) -> Tensor:
     return pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels.float()
 
 
 def _open(image: Image.Image | str | Path) -> Image.Image:
     if isinstance(image, Image.Image):
-        return to_rgb(ImageOps.exif_transpose(image))
+        try:  # Pillow reads the pixels only now
+            return to_rgb(ImageOps.exif_transpose(image))
+        except DamagedImage:
+            raise
+        except BROKEN as error:
+            raise DamagedImage(f"cannot decode {image}: {error}") from error
     try:
         return decode(Path(image).read_bytes())
     except DamagedImage as error:

@@ -73,7 +73,8 @@ def clean_backbone(state: Mapping[str, Tensor]) -> State:
     Raises:
         RadioError: a weight for which our backbone has no place, named with what it belongs to.
     """
-    folded = fold_layer_scale(state)
+    # Cast before folding: a product of two small factors underflows in float16.
+    folded = fold_layer_scale({key: value.float() for key, value in state.items()})
     kept = {key: value for key, value in folded.items() if not DEAD_KEY.fullmatch(key)}
     strange = [key for key in kept if not BACKBONE_KEY.fullmatch(key)]
     if strange:
@@ -87,7 +88,7 @@ def clean_backbone(state: Mapping[str, Tensor]) -> State:
         key = f"input_conditioner.{name}"
         if key in kept:
             kept[key] = kept[key].reshape(3, 1, 1)
-    return {key: value.float() for key, value in kept.items()}
+    return kept
 
 
 def fold_layer_scale(backbone: Mapping[str, Tensor]) -> State:
@@ -143,7 +144,7 @@ def _reweighted(weight: Tensor, factor: State, eps: float) -> Tensor:
         return weight
     exact = weight.double()
     sigma = factor["_u"].double() @ exact @ factor["_v"].double() + eps
-    scale = factor["scale"].double()
+    scale = factor["scale"].double()[:, :1]  # (1, 4) where FSDP wanted it aligned; the first counts
     version = int(factor["_sn_version"]) if "_sn_version" in factor else 1
     if version == 2:
         scale = F.softplus(scale) + SPECTRAL_ALPHA

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import pickle
 import re
+import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,20 @@ HUB_HEADS = {"summary": "_heads.", "features": "_feature_projections."}
 REMOTE_HEADS = {"summary": "head_mlp.", "features": "feat_mlp."}
 FIRST_FIXED_MAJOR = 3  # RADIO and C-RADIO up to v2.5 were published under aligned corners
 PREFERRED_SIZE = 512
+# What torch.load raises on other and on broken files.
+UNREADABLE = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    pickle.UnpicklingError,
+    struct.error,
+)
 
 
 def read_pth(path: Path) -> EncoderWeights:
@@ -44,6 +59,7 @@ def read_pth(path: Path) -> EncoderWeights:
     checkpoint = _unpickle(path)
     kind = "state_dict_ema" if "state_dict_ema" in checkpoint else "state_dict"
     args = vars(checkpoint["args"])
+    teachers = _teachers(args, path)
     state = {k.removeprefix("module."): v for k, v in checkpoint[kind].items()}
     state = {key: value for key, value in state.items() if isinstance(value, Tensor)}
     if below(state, "_feature_normalizer."):
@@ -58,7 +74,6 @@ def read_pth(path: Path) -> EncoderWeights:
             **{f"input_conditioner.{key}": value for key, value in conditioner.items()},
         }
     )
-    teachers: list[dict[str, Any]] = args["teachers"]
     heads = {
         teacher["name"]: _hub_heads(state, args, teachers, index)
         for index, teacher in enumerate(teachers)
@@ -67,7 +82,7 @@ def read_pth(path: Path) -> EncoderWeights:
     return EncoderWeights(
         backbone,
         heads_of_width(_width(backbone, path)),
-        _num_cls(args),
+        _num_cls(args, heads),
         _hub_summary_rows(args),
         heads,
         align_corners=published_with_aligned_corners(path.name, teachers),
@@ -81,7 +96,7 @@ def _unpickle(path: Path) -> dict[str, Any]:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+    except UNREADABLE as error:
         raise RadioError(
             f"{path} is no checkpoint of NVIDIA's that can be read safely ({error}); expected "
             "tensors and an argparse.Namespace only"
@@ -90,12 +105,20 @@ def _unpickle(path: Path) -> dict[str, Any]:
         "state_dict" in checkpoint or "state_dict_ema" in checkpoint
     )
     if not has_weights or not isinstance(checkpoint.get("args"), argparse.Namespace):
-        found = sorted(checkpoint) if isinstance(checkpoint, dict) else type(checkpoint).__name__
+        is_dict = isinstance(checkpoint, dict)
+        found = sorted(map(str, checkpoint)) if is_dict else type(checkpoint).__name__
         raise RadioError(
             f"{path} is no checkpoint of NVIDIA's: expected state_dict (or state_dict_ema) and "
             f"args, found {found}"
         )
     return dict(checkpoint)
+
+
+def _teachers(args: Mapping[str, Any], what: object) -> list[dict[str, Any]]:
+    teachers: list[dict[str, Any]] | None = args.get("teachers")
+    if not teachers:
+        raise RadioError(f"{what} is no checkpoint of NVIDIA's: its args name no teachers")
+    return teachers
 
 
 def _spectral_eps(args: Mapping[str, Any]) -> float:
@@ -142,10 +165,12 @@ def _first_of_name(teachers: Sequence[Mapping[str, Any]], index: int) -> bool:
     return all(other["name"] != teachers[index]["name"] for other in teachers[:index])
 
 
-def _num_cls(args: Mapping[str, Any]) -> int:
+def _num_cls(args: Mapping[str, Any], heads: Mapping[str, TeacherHeads]) -> int:
+    """Count the CLS rows; a head that reads beyond them makes more, as in upstream's RADIOModel."""
     if not args.get("cls_token_per_teacher", True):
         return 1
-    return len({teacher["name"] for teacher in args["teachers"]})
+    read = [head.cls_row or 0 for head in heads.values() if "summary" in head.states]
+    return max(len({teacher["name"] for teacher in args["teachers"]}), 1 + max(read, default=0))
 
 
 def _hub_summary_rows(args: Mapping[str, Any]) -> tuple[int, ...]:
@@ -177,6 +202,7 @@ def read_remote(tensors: State, config: Mapping[str, Any]) -> EncoderWeights:
     if below(tensors, "radio_model.feature_normalizer."):
         raise RadioError("a feature normalizer has no place in an encoder; load another version")
     args = config["args"]
+    teachers = _teachers(args, config.get("version"))
     backbone = from_disk(materialise_spectral(tensors))
     configs: Mapping[str, Any] = config.get("adaptor_configs") or {}
     heads = {name: _remote_heads(tensors, name, how) for name, how in configs.items()}
@@ -184,10 +210,10 @@ def read_remote(tensors: State, config: Mapping[str, Any]) -> EncoderWeights:
     return EncoderWeights(
         backbone,
         heads_of_width(_width(backbone, config.get("version"))),
-        _num_cls(args),
+        _num_cls(args, heads),
         rows,
         heads,
-        align_corners=published_with_aligned_corners(str(config.get("version")), args["teachers"]),
+        align_corners=published_with_aligned_corners(str(config.get("version")), teachers),
         image_size=PREFERRED_SIZE,
         origin={"version": str(config.get("version"))},
     )

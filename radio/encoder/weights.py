@@ -104,8 +104,10 @@ def build_backbone(weights: EncoderWeights) -> VisionTransformer:
     """Build the backbone and load it strictly; its tensors are those of `weights`.
 
     Raises:
-        RadioError: keys are missing, too many, or of other shapes.
+        RadioError: keys are missing, too many, or of other shapes; a summary reads a row that is
+            no CLS row.
     """
+    _check_rows(weights)
     with torch.device("meta"):  # nothing is initialised only to be thrown away
         backbone = VisionTransformer(
             weights.shape,
@@ -125,6 +127,21 @@ def build_backbone(weights: EncoderWeights) -> VisionTransformer:
     return backbone
 
 
+def _check_rows(weights: EncoderWeights) -> None:
+    """Refuse rows beyond the CLS rows: they would be read off registers or patches."""
+    rows = {"summary": weights.summary_rows}
+    for name, teacher in weights.teachers.items():
+        if "summary" in teacher.states:
+            rows[f"{name}:summary"] = (-1 if teacher.cls_row is None else teacher.cls_row,)
+    for name, found in rows.items():
+        if weights.num_registers < 0 or not all(0 <= row < weights.num_cls for row in found):
+            raise RadioError(
+                f"'{name}' reads the CLS rows {list(found)}, but the weights have "
+                f"{weights.num_cls + weights.num_registers} prefix tokens, of which "
+                f"{weights.num_cls} are said to be CLS rows"
+            )
+
+
 def build_heads(teachers: Mapping[str, TeacherHeads]) -> nn.ModuleDict:
     """Build every teacher's heads: ModuleDict teacher -> ModuleDict "summary" | "features"."""
     heads = nn.ModuleDict()
@@ -136,6 +153,9 @@ def build_heads(teachers: Mapping[str, TeacherHeads]) -> nn.ModuleDict:
 
 
 def _build_head(name: str, state: State) -> MlpAdaptor:
+    for key in ("fc1.weight", "final.2.weight"):
+        if key not in state:
+            raise RadioError(f"the head {name} is not whole: '{key}' is missing")
     hidden, width = state["fc1.weight"].shape
     depth = 2 + len({key.split(".")[1] for key in state if key.startswith("blocks.")})
     with torch.device("meta"):
@@ -148,6 +168,7 @@ def _fill(module: nn.Module, state: State, what: str) -> None:
     try:
         module.load_state_dict(state, assign=True)
     except RuntimeError as error:
-        raise RadioError(f"the weights do not fit {what}: {error}") from error
+        reason = " ".join(str(error).split())  # torch's is a page
+        raise RadioError(f"the weights do not fit {what}: {reason}") from error
     module.requires_grad_(False)
     module.eval()

@@ -20,10 +20,16 @@ from torch import Tensor
 from radio import __version__
 from radio.data.decode import decode
 from radio.encoder.encoder import Encoder
-from radio.encoder.images import Size, check_size, pair, to_pixels
+from radio.encoder.images import Size, check_size, pair, resized
 from radio.errors import RadioError
 from radio.extraction.plan import Row, plan_rows
-from radio.extraction.shard_files import MERGED, Encoded, write_plan, write_shard
+from radio.extraction.shard_files import (
+    MERGED,
+    Encoded,
+    is_extraction,
+    write_plan,
+    write_shard,
+)
 
 DECODERS = 2  # threads that read and resize while the model works
 SHARD_ROWS = 10_000
@@ -70,7 +76,7 @@ class Work:
 
 
 def encode(
-    sources: str | Sequence[str],
+    sources: str | Path | Sequence[str | Path],
     out: str | Path,
     encoder: Encoder,
     features: Sequence[str] = ("summary",),
@@ -84,7 +90,7 @@ def encode(
     """Encode every picture of `sources` into `out`; a damaged one becomes a row with its reason.
 
     Args:
-        sources: folders, globs, picture files, WebDataset tars.
+        sources: folders, globs, picture files, WebDataset tars, brace patterns of these.
         out: folder to write.
         encoder: from `radio.load`.
         features: names of `encoder.feature_names`; stored as float16.
@@ -101,18 +107,24 @@ def encode(
             `out` holds something already.
     """
     started = time.perf_counter()
-    work = Work(encoder, tuple(features), size, merge_to, batch)
-    encoder.check_request(work.features, merge_to)
+    names = (features,) if isinstance(features, str) else tuple(features)
+    work = Work(encoder, names, size, merge_to, batch)
+    encoder.check_request(names, merge_to)
+    counts = {"batch": batch, "shard_rows": shard_rows, "shard_bytes": shard_bytes}
+    for name, count in counts.items():
+        if count < 1:
+            raise RadioError(f"{name} is {count}; at least 1 is needed")
     if size is not None:
         check_size(*pair(size), encoder.patch_size)
-    rows = plan_rows([sources] if isinstance(sources, str) else sources)
+    several = [sources] if isinstance(sources, str | Path) else sources
+    rows = plan_rows([str(source) for source in several])
     folder = _empty_folder(Path(out), overwrite)
     fingerprint = work.fingerprint
     write_plan(folder, rows, _manifest(work, fingerprint, len(rows)))
     dims = {name: encoder.feature_dims[name] for name in work.features}
     ok = shards = 0
     for items in _shards(_encoded(rows, work), shard_rows, shard_bytes):
-        ok += write_shard(folder / "data", shards, items, dims, fingerprint)
+        ok += write_shard(folder / "data", shards, items, dims, fingerprint, merge_to is not None)
         shards += 1
     seconds = time.perf_counter() - started
     return EncodeResult(str(out), len(rows), ok, len(rows) - ok, shards, seconds)
@@ -120,10 +132,13 @@ def encode(
 
 def _empty_folder(folder: Path, overwrite: bool) -> Path:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        ours = (folder / "manifest.json").exists()
-        if not (overwrite and ours):
-            what = "an extraction" if ours else "something else"
-            raise RadioError(f"{folder} already holds {what}; choose another output folder")
+        if not is_extraction(folder):
+            raise RadioError(f"{folder} already holds something else; choose another output folder")
+        if not overwrite:
+            raise RadioError(
+                f"{folder} already holds an extraction; choose another output folder, or replace "
+                "it with overwrite=True (--overwrite)"
+            )
         shutil.rmtree(folder)
     (folder / "data").mkdir(parents=True, exist_ok=True)
     return folder
@@ -193,6 +208,7 @@ def _forward_like(window: deque[_Waiting], work: Work) -> None:
             waiting.item.features[name] = array
     for waiting in group:
         waiting.item.grid = grid
+        waiting.item.fail_unless_finite()
         waiting.pixels = None
 
 
@@ -215,7 +231,7 @@ def _prepare(row: Row, work: Work) -> _Waiting:
         item.sha256 = hashlib.sha256(data).hexdigest()
         image = decode(data)
         item.height, item.width = image.height, image.width
-        return _Waiting(item, to_pixels(image, work.encoder.patch_size, work.size))
+        return _Waiting(item, resized(image, work.encoder.patch_size, work.size))
     except (RadioError, OSError) as error:  # this row fails, its neighbours do not
         item.error = str(error)
         return _Waiting(item, None)

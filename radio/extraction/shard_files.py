@@ -11,11 +11,10 @@ OUT/data/00000.done.json     rows, ok, failed, sha256 per file; written last
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
+import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from safetensors.numpy import save_file
+import torch
 
 from radio.extraction.plan import Row
+from radio.files import save_tensors, sha256_of, whole, write_whole
 
-MERGED = ("sizes", "assignment")  # of a merged picture: [K] pixels per token, [T] each patch's
+OWN = {"manifest.json", "plan.parquet", "data"}
+SHARD_FILE = re.compile(r"(\.tmp-\d+-)?\d{5,}\.(parquet|patches\.safetensors|done\.json)")
+# Of a merged picture: [K] patches per token, and [T] each patch's token (T = grid_h grid_w).
+MERGED: Mapping[str, type[np.generic]] = {"sizes": np.float32, "assignment": np.int64}
 
 
 @dataclass
@@ -45,6 +48,14 @@ class Encoded:
     error: str | None = None
     features: dict[str, np.ndarray] = field(default_factory=dict)
 
+    def fail_unless_finite(self) -> None:
+        """Turn into a failed row when a feature is NaN or more than float16 can hold."""
+        wrong = [name for name, array in self.features.items() if not np.isfinite(array).all()]
+        if wrong:
+            self.features.clear()
+            self.grid = (0, 0)
+            self.error = f"feature '{wrong[0]}' is NaN, or beyond the 65504 that float16 can hold"
+
     @property
     def num_bytes(self) -> int:
         """Memory that its features take."""
@@ -58,10 +69,22 @@ def is_pooled(name: str) -> bool:
 
 def write_plan(folder: Path, rows: Sequence[Row], manifest: Mapping[str, Any]) -> None:
     """Write plan.parquet, then manifest.json."""
-    columns = {"row": [row.row for row in rows], "key": [row.key for row in rows]}
-    table = pa.table({**columns, "uri": [row.uri for row in rows]})
-    _write_table(folder / "plan.parquet", table)
-    _commit(folder / "manifest.json", json.dumps(manifest, indent=2).encode())
+    columns = {"row": pa.array([row.row for row in rows], pa.int64())}
+    columns |= {"key": _text(row.key for row in rows), "uri": _text(row.uri for row in rows)}
+    _write_table(folder / "plan.parquet", pa.table(columns))
+    write_whole(folder / "manifest.json", json.dumps(manifest, indent=2))
+
+
+def is_extraction(folder: Path) -> bool:
+    """Tell whether a folder holds what this module writes, and nothing else."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        names = {path.name for path in folder.iterdir()}
+        shards = [path.name for path in (folder / "data").iterdir()]
+    except (OSError, ValueError):
+        return False
+    is_ours = isinstance(manifest, dict) and {"schema", "fingerprint", "rows"} <= set(manifest)
+    return is_ours and names <= OWN and all(SHARD_FILE.fullmatch(name) for name in shards)
 
 
 def write_shard(
@@ -70,6 +93,7 @@ def write_shard(
     items: Sequence[Encoded],
     dims: Mapping[str, int],
     fingerprint: str,
+    is_merged: bool = False,
 ) -> int:
     """Write one shard's files, `done.json` last, and return how many rows are fine.
 
@@ -79,41 +103,42 @@ def write_shard(
         items: its rows, failed ones too.
         dims: channels of every feature asked for, by name.
         fingerprint: of the encoder and how it was used.
+        is_merged: whether patches were merged, so that `sizes` and `assignment` belong to a row.
     """
     started = time.perf_counter()
     ok = sum(item.error is None for item in items)
     written = [f"{number:05d}.parquet"]
     _write_table(data / written[0], _table(items, dims))
-    dense = [name for name in dims if not is_pooled(name)]
+    dense = {name: width for name, width in dims.items() if not is_pooled(name)}
     if dense:
         written.append(f"{number:05d}.patches.safetensors")
-        temporary = _temporary(data / written[1])
-        save_file(_patches(items, {name: dims[name] for name in dense}), temporary)
-        _rename(temporary, data / written[1])
+        patches = _patches(items, dense, MERGED if is_merged else {})
+        with whole(data / written[1]) as temporary:
+            save_tensors({k: torch.from_numpy(v) for k, v in patches.items()}, temporary)
     facts = {
         "rows": len(items),
         "ok": ok,
         "failed": len(items) - ok,
         "fingerprint": fingerprint,
         "seconds": time.perf_counter() - started,
-        "sha256": {name: _sha256(data / name) for name in written},
+        "sha256": {name: sha256_of(data / name) for name in written},
     }
-    _commit(data / f"{number:05d}.done.json", json.dumps(facts, indent=2).encode())
+    write_whole(data / f"{number:05d}.done.json", json.dumps(facts, indent=2))
     return ok
 
 
 def _table(items: Sequence[Encoded], dims: Mapping[str, int]) -> pa.Table:
     columns: dict[str, Any] = {
         "row": pa.array([item.row.row for item in items], pa.int64()),
-        "key": pa.array([item.row.key for item in items], pa.string()),
-        "uri": pa.array([item.row.uri for item in items], pa.string()),
-        "sha256": pa.array([item.sha256 for item in items], pa.string()),
+        "key": _text(item.row.key for item in items),
+        "uri": _text(item.row.uri for item in items),
+        "sha256": _text(item.sha256 for item in items),
         "H": pa.array([item.height for item in items], pa.int32()),
         "W": pa.array([item.width for item in items], pa.int32()),
         "grid_h": pa.array([item.grid[0] for item in items], pa.int32()),
         "grid_w": pa.array([item.grid[1] for item in items], pa.int32()),
-        "status": ["ok" if item.error is None else "failed" for item in items],
-        "error": pa.array([item.error for item in items], pa.string()),
+        "status": _text("ok" if item.error is None else "failed" for item in items),
+        "error": _text(item.error for item in items),
     }
     for name in filter(is_pooled, dims):
         values = [item.features.get(name) for item in items]
@@ -121,7 +146,16 @@ def _table(items: Sequence[Encoded], dims: Mapping[str, int]) -> pa.Table:
     return pa.table(columns)
 
 
-def _patches(items: Sequence[Encoded], dims: Mapping[str, int]) -> dict[str, np.ndarray]:
+def _text(values: Iterable[str | None]) -> pa.Array:
+    """Return a column of text; bytes of file names that are no UTF-8 become `\\xff`."""
+    encoded = (None if v is None else v.encode("utf-8", "surrogateescape") for v in values)
+    texts = [None if data is None else data.decode("utf-8", "backslashreplace") for data in encoded]
+    return pa.array(texts, pa.string())
+
+
+def _patches(
+    items: Sequence[Encoded], dims: Mapping[str, int], flat: Mapping[str, type[np.generic]]
+) -> dict[str, np.ndarray]:
     """Return each feature's tokens of all rows one after the other, and where each row's end."""
     fine = [item.features for item in items if item.error is None]
     lengths = [len(item.features[next(iter(dims))]) if item.features else 0 for item in items]
@@ -129,33 +163,11 @@ def _patches(items: Sequence[Encoded], dims: Mapping[str, int]) -> dict[str, np.
     for name, width in dims.items():
         empty = np.zeros((0, width), np.float16)
         tensors[name] = np.concatenate([empty, *(features[name] for features in fine)])
-    for name in MERGED:
-        if fine and name in fine[0]:
-            tensors[name] = np.concatenate([features[name] for features in fine])
+    for name, dtype in flat.items():
+        tensors[name] = np.concatenate([np.zeros(0, dtype), *(features[name] for features in fine)])
     return tensors
 
 
 def _write_table(path: Path, table: pa.Table) -> None:
-    pq.write_table(table, _temporary(path))
-    _rename(_temporary(path), path)
-
-
-def _commit(path: Path, data: bytes) -> None:
-    _temporary(path).write_bytes(data)
-    _rename(_temporary(path), path)
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".tmp-{path.name}")
-
-
-def _rename(temporary: Path, final: Path) -> None:
-    """Make the bytes safe on disk, then give them their name."""
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(final)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    with whole(path) as temporary:
+        pq.write_table(table, temporary)

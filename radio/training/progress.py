@@ -7,8 +7,10 @@ import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from radio.training.metrics import Row
 
@@ -17,7 +19,7 @@ LINE_SECONDS = 10.0  # without a terminal: a log line this often
 
 
 class TrainingProgress:
-    """A live line on stderr, or a log line every few seconds where there is no terminal."""
+    """A live bar and a line on stderr, or a log line every few seconds without a terminal."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True)
@@ -26,17 +28,20 @@ class TrainingProgress:
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[text]}"),
             console=self.console,
-            disable=not self.console.is_terminal,
         )
-        self.task = self.progress.add_task("", total=None, text="", start=True)
+        self.task = self.progress.add_task("", total=None)
+        self.text = Text(style="dim")
+        self.live = Live(
+            Group(self.progress, self.text), console=self.console, refresh_per_second=4
+        )
         self._last_line = 0.0
         self._started = time.monotonic()
         self._first: int | None = None
 
     def __enter__(self) -> TrainingProgress:
-        self.progress.start()
+        if self.console.is_terminal:
+            self.live.start()
         return self
 
     def __exit__(
@@ -45,20 +50,22 @@ class TrainingProgress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.progress.stop()
+        self.live.stop()
 
     def phase(self, name: str, total: int | None = None) -> None:
         """Begin a phase: waiting for teachers, fitting, training, evaluation."""
         self._started = time.monotonic()
         self._first = None
-        self.progress.reset(self.task, description=name, total=total, text="")
+        self.progress.reset(self.task, description=name, total=total)
+        self.text.plain = ""
         if not self.console.is_terminal:
             log.info("%s", name)
         self._last_line = time.monotonic()
 
     def update(self, done: int, total: int, text: str = "") -> None:
         """Show how far the phase is, and a text beside it."""
-        self.progress.update(self.task, completed=done, total=total, text=text)
+        self.progress.update(self.task, completed=done, total=total)
+        self.text.plain = text
         if self._first is None:
             self._first = done - 1
         now = time.monotonic()
