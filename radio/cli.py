@@ -255,11 +255,9 @@ def _print_plan(config: Any, count: bool = True) -> None:
 
     out.print(to_yaml(config), highlight=False, markup=False)
     if count:
-        from radio.data.plan import training_plan
         from radio.targets.stream import open_sources
 
         sources = open_sources(config)
-        training_plan(config, len(sources["train"]))
         sizes = ", ".join(f"{len(source)} {split}" for split, source in sources.items())
         out.print(f"pictures: {sizes}")
     for number, stage in enumerate(config.stages):

@@ -55,11 +55,16 @@ class Asked:
 
 
 class RayStream:
-    """Targets from a pool of actors per teacher; needs a connected Ray (`ray_jobs.cluster`)."""
+    """Targets from a pool of actors per teacher; needs a connected Ray (`ray_jobs.cluster`).
 
-    def __init__(self, config: Config) -> None:
+    Args:
+        config: the run.
+        sources: its pictures, where the caller has opened them already.
+    """
+
+    def __init__(self, config: Config, sources: Mapping[str, ImageSource] | None = None) -> None:
         self.config = config
-        self._sources = open_sources(config)
+        self._sources = open_sources(config) if sources is None else sources
         self._readers = build_readers(config, self._sources)
         torch.set_num_threads(config.threads.student)
         self.pools = {name: TeacherPool(config, name, self._sources) for name in config.teachers}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from radio.config import Config
 from radio.targets.fit import Progress, fit
+from radio.targets.stream import open_sources
 from radio.targets.target_maker import StandardizerFile
 from ray_jobs.cluster import cluster
 from ray_jobs.feature_stream import RayStream
@@ -11,5 +12,6 @@ from ray_jobs.feature_stream import RayStream
 
 def fit_on_ray(config: Config, progress: Progress | None = None) -> dict[str, StandardizerFile]:
     """Return each teacher's fitted standardizer file."""
-    with cluster(config.cluster), RayStream(config) as stream:
+    sources = open_sources(config)  # a wrong path is said before a cluster is started
+    with cluster(config.cluster), RayStream(config, sources) as stream:
         return fit(config, stream, progress)

@@ -29,7 +29,7 @@ from picture_zoo import (
 )
 from PIL import Image
 from safetensors.numpy import load_file
-from test_encoder import small_weights
+from small_encoder import small_weights
 
 from radio.encoder.encoder import Encoder
 from radio.errors import RadioError
@@ -380,7 +380,7 @@ def test_an_existing_output_is_kept_unless_it_is_ours(encoder: Encoder, tmp_path
         encode(source, out, encoder)
     assert Extraction(out).files() == before
     (out / "data" / "00007.parquet").write_bytes(b"left by a longer run")
-    (out / "data" / ".tmp-00008.parquet").write_bytes(b"left by a killed run")
+    (out / "data" / ".tmp-123-00008.parquet").write_bytes(b"left by a killed run")
     after = extract(source, out, encoder, overwrite=True, features="words:summary")
     assert sorted(after.files()) == ["00000.done.json", "00000.parquet"]
     with pytest.raises(RadioError, match="nowhere does not exist"):

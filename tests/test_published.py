@@ -13,7 +13,7 @@ import pytest
 import torch
 from picture_zoo import png
 from safetensors.torch import save_file
-from test_encoder import head, photographs
+from small_encoder import head, photographs
 from test_student import rms_error, shaken
 from torch import nn
 from transformers import AutoModel

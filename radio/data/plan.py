@@ -10,7 +10,8 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from radio.config import Config
+from radio.config import Config, PartitionConfig
+from radio.data.mosaic import Mosaic
 from radio.errors import RadioError
 
 ROUNDS = (
@@ -183,7 +184,15 @@ def _with_views(partition: PartitionPlan, views: tuple[ViewSpec, ...]) -> Partit
 
 
 def stage_plans(config: Config) -> list[StagePlan]:
-    """Return the stages as the plan needs them."""
+    """Return the stages as the plan needs them.
+
+    Raises:
+        RadioError: views that cannot be packed on a mosaic teacher's canvas, with the nearest
+            sizes that can.
+    """
+    for stage in config.stages:
+        for name, partition in stage.partitions.items():
+            _check_mosaics(config, name, partition)
     return [
         StagePlan(
             stage.steps,
@@ -202,6 +211,18 @@ def stage_plans(config: Config) -> list[StagePlan]:
         )
         for stage in config.stages
     ]
+
+
+def _check_mosaics(config: Config, name: str, partition: PartitionConfig) -> None:
+    for teacher, mode in partition.views.items():
+        card = config.teachers[teacher].card
+        if mode == "mosaic":
+            try:
+                Mosaic(card.native_size, partition.image_size, card.stride)
+            except ValueError as error:
+                raise RadioError(
+                    f"partition '{name}' cannot be packed for teacher '{teacher}': {error}"
+                ) from error
 
 
 def training_plan(config: Config, num_samples: int) -> Plan:

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
 from radio.config import Config
-from radio.data.plan import PartitionSpec, StepSpec
+from radio.data.plan import PartitionSpec, StepSpec, training_plan
 from radio.data.shards import ImageSource, open_images
 from radio.data.views import ViewReader, Views
 from radio.errors import RadioError
@@ -95,10 +95,15 @@ class Stream(Protocol):
 
 
 def open_sources(config: Config) -> dict[str, ImageSource]:
-    """Open the pictures of a run: `data.train`, and `data.val` where there is one."""
+    """Open the pictures of a run, `data.train` and any `data.val`, before anything is started.
+
+    Raises:
+        RadioError: no pictures there, fewer than a step needs, or views that no canvas can hold.
+    """
     sources = {"train": _open("data.train", config.data.train)}
     if config.data.val is not None:
         sources["val"] = _open("data.val", config.data.val)
+    training_plan(config, len(sources["train"]))  # says now what would fail later
     return sources
 
 

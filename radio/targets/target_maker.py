@@ -131,11 +131,6 @@ class TargetMaker:
             return partition.image_size // self.patch_size * self.teacher.stride
         return self.teacher.native_size if mode == "native" else partition.image_size
 
-    def check(self, partition: PartitionSpec) -> None:
-        """Refuse a partition whose views cannot be packed on this teacher's canvas."""
-        if partition.modes[self.name] == "mosaic":
-            self._mosaic(partition)
-
     @torch.inference_mode()
     def __call__(self, partition: PartitionSpec, request: Request) -> CodedTarget:
         """Return the coded target of one partition.
@@ -164,14 +159,6 @@ class TargetMaker:
         seconds = time.perf_counter() - started
         return CodedTarget(summary, coded, valid, views.keys, dict(views.replaced), seconds)
 
-    def _mosaic(self, partition: PartitionSpec) -> Mosaic:
-        try:
-            return Mosaic(self.teacher.native_size, partition.image_size, self.teacher.stride)
-        except ValueError as error:
-            raise RadioError(
-                f"partition '{partition.name}' cannot be packed for teacher '{self.name}': {error}"
-            ) from error
-
     def _normalise(self, pixels: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
         return (pixels.to(self.device).float() / 255 - self._mean) / self._std
 
@@ -184,7 +171,7 @@ class TargetMaker:
     def _forward_mosaic(
         self, pixels: Float[Tensor, "b 3 h w"], partition: PartitionSpec
     ) -> TeacherOutput:
-        mosaic = self._mosaic(partition)
+        mosaic = Mosaic(self.teacher.native_size, partition.image_size, self.teacher.stride)
         canvases = self._forward(mosaic.place(pixels))
         return TeacherOutput(None, mosaic.split(canvases.features, len(pixels)))
 

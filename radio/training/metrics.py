@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -45,9 +46,9 @@ class Fidelity:
 
     @property
     def value(self) -> float:
-        """The ratio; larger is better."""
-        spread = self.squares - self.total.square() / self.count
-        return float(spread.sum()) / self.residual
+        """The ratio; larger is better, infinite for a prediction without error."""
+        spread = float((self.squares - self.total.square() / self.count).sum())
+        return spread / self.residual if self.residual else math.inf
 
 
 @dataclass(frozen=True)
