@@ -105,9 +105,9 @@ def fit(overrides: Overrides = None, dry_run: DryRun = False) -> None:
     if dry_run:
         _print_plan(config)
         return
-    from radio.training.progress import TrainingProgress
+    from radio.progress import ProgressDisplay
 
-    with TrainingProgress() as progress:
+    with ProgressDisplay() as progress:
         progress.phase("fitting standardizers")
         if config.stream == "ray":
             from ray_jobs.fit import fit_on_ray
@@ -153,20 +153,25 @@ def encode(
     """Extract features of pictures into parquet."""
     from radio.encoder.encoder import load
     from radio.extraction.encode import encode as encode_sources
+    from radio.progress import ProgressDisplay
 
-    result = encode_sources(
-        sources,
-        output,
-        load(model),
-        features=tuple(features.split(",")),
-        size=size,
-        merge_to=merge_to,
-        batch=batch,
-        overwrite=overwrite,
-    )
+    with ProgressDisplay() as progress:
+        progress.phase("encoding")
+        result = encode_sources(
+            sources,
+            output,
+            load(model),
+            features=tuple(features.split(",")),
+            size=size,
+            merge_to=merge_to,
+            batch=batch,
+            overwrite=overwrite,
+            progress=progress.update,
+        )
     _write_json(dataclasses.asdict(result), json_file)
     if json_file != "-":
-        out.print(f"{result.ok} pictures encoded, {result.failed} failed: {output}")
+        rate = f"{result.rows / result.seconds:.1f} pictures/s"
+        out.print(f"{result.ok} pictures encoded, {result.failed} failed, {rate}: {output}")
     if result.failed:
         raise typer.Exit(3)
 
@@ -183,8 +188,11 @@ def evaluate(
     """Measure a trained student against its teachers."""
     from radio.evaluation.evaluate import evaluate as evaluate_target
     from radio.evaluation.fidelity import rows_of
+    from radio.progress import ProgressDisplay
 
-    result = evaluate_target(target, task, data)
+    with ProgressDisplay() as progress:
+        progress.phase(task)
+        result = evaluate_target(target, task, data, progress.update)
     _write_json(result, json_file)
     if json_file != "-":
         out.print(_held_out_table([], rows_of(result)))
@@ -275,7 +283,7 @@ def _print_result(result: Any) -> None:
     else:
         out.print("no data.val: nothing was measured on held-out pictures")
     if result.damaged:
-        err.print(f"{len(result.damaged)} damaged pictures were replaced:")
+        err.print(f"damaged pictures, replaced by others: {len(result.damaged)}")
         for key, reason in list(result.damaged.items())[:10]:
             err.print(f"  {key}: {reason}", highlight=False, markup=False)
 

@@ -10,10 +10,15 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
-from test_distill import losses_of
+from test_distill import losses_of, rows_of
 from tiny import tiny_config, write_pictures
 
+from radio.files import sha256_of
+from radio.targets.fit import fit
+from radio.targets.stream import LocalStream
+from radio.targets.target_maker import StandardizerFile
 from radio.training.distill import distill
 
 ROOT = Path(__file__).parents[1]
@@ -124,6 +129,58 @@ def test_a_stopped_process_resumes_with_the_same_bits(
     assert losses_of(config.out) == losses_of(whole.out)
     if number != signal.SIGKILL:
         assert "the same command resumes" in " ".join(said.split())
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, beside its pictures."""
+    return distill(tiny_config(tmp_path_factory.mktemp("trained"), steps=2)).out
+
+
+def test_a_run_is_fused_and_encodes_pictures(trained: Path, tmp_path: Path) -> None:
+    done = radio("fuse", str(trained), "encoder", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "encoder\n"), done.stderr
+    photos = write_pictures(tmp_path / "photos", 3)
+    (photos / "p001.png").write_bytes((photos / "p001.png").read_bytes()[:200])
+    words = (
+        "encode",
+        "photos",
+        "-o",
+        "out",
+        "-m",
+        "encoder",
+        "--features",
+        "summary,parts:summary",
+    )
+    done = radio(*words, cwd=tmp_path)
+    assert done.returncode == 3, "some failed"
+    assert "2 pictures encoded, 1 failed" in done.stdout
+    assert "photos/p001.png failed" in done.stderr
+    rows = pq.read_table(tmp_path / "out" / "data" / "00000.parquet").to_pylist()
+    assert [row["status"] for row in rows] == ["ok", "failed", "ok"]
+    assert len(rows[0]["parts:summary"]) == 6 and rows[1]["parts:summary"] is None
+    assert radio(*words, cwd=tmp_path).returncode == 2, "an extraction is there already"
+    assert radio(*words, "--overwrite", cwd=tmp_path).returncode == 3
+
+
+def test_evaluate_measures_what_the_run_did(trained: Path, tmp_path: Path) -> None:
+    done = radio("evaluate", str(trained), "--json", "-", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    (after,) = [record for record in rows_of(trained) if record["step"] == 2]
+    assert result["details"]["rows"] == after["held_out"]
+    assert result["score"] == min(r["fidelity"] for r in after["held_out"] if not r["merged"])
+
+
+def test_fit_writes_the_files_that_a_run_then_uses(trained: Path, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, steps=2)
+    with LocalStream(config) as stream:
+        seen: list[tuple[int, int]] = []
+        files = fit(config, stream, lambda done, total: seen.append((done, total)))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+    for name, file in files.items():
+        assert file == StandardizerFile.of(Path(file.path))
+        assert sha256_of(trained / "standardizers" / f"{name}.safetensors") == file.sha256
 
 
 def test_the_readme_test_command_is_what_ci_runs() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from radio.config import Config
 from radio.data.plan import StepSpec, training_plan
 from radio.errors import RadioError
+from radio.progress import Report, told
 from radio.targets.standardize import save_standardizers
 from radio.targets.stream import LocalStream, device_of
 from radio.targets.target_maker import Request, StandardizerFile
@@ -19,7 +20,7 @@ from radio.training.distill import HELD_OUT_BATCH, student_for
 from radio.training.metrics import Row, held_out_rows
 
 
-def fidelity(target: Path, data: str | None) -> dict[str, Any]:
+def fidelity(target: Path, data: str | None, progress: Report | None = None) -> dict[str, Any]:
     """Return the worst fidelity over teachers and resolutions, with every row in the details.
 
     Targets are float32; crops are the run's own seeded held-out crops.
@@ -37,7 +38,8 @@ def fidelity(target: Path, data: str | None) -> dict[str, Any]:
         num_views = min(config.evaluation.views, len(stream.sources["val"]))
         partitions = plan.held_out(num_views, HELD_OUT_BATCH)
         specs = [StepSpec(at, 0, 0, (part,)) for at, part in enumerate(partitions)]
-        batches = stream.read(specs, Request("val", "float32", files))
+        request = Request("val", "float32", files)
+        batches = told(stream.read(specs, request), len(specs), progress)
         device = device_of(config)
         rows = held_out_rows(student.to(device), batches, device)
     return {

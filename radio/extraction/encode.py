@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 import time
 from collections import deque
@@ -30,8 +31,11 @@ from radio.extraction.shard_files import (
     write_plan,
     write_shard,
 )
+from radio.progress import Report, told
 
+log = logging.getLogger("radio.encode")
 DECODERS = 2  # threads that read and resize while the model works
+NAMED = 20  # failed pictures in the log
 SHARD_ROWS = 10_000
 SHARD_BYTES = 512 << 20  # features held in memory before a shard is closed
 
@@ -86,6 +90,7 @@ def encode(
     overwrite: bool = False,
     shard_rows: int = SHARD_ROWS,
     shard_bytes: int = SHARD_BYTES,
+    progress: Report | None = None,
 ) -> EncodeResult:
     """Encode every picture of `sources` into `out`; a damaged one becomes a row with its reason.
 
@@ -101,6 +106,7 @@ def encode(
         overwrite: replace an earlier extraction in `out`.
         shard_rows: rows of a shard at most.
         shard_bytes: a shard is closed when its features have reached this many bytes.
+        progress: told (done, total) after every picture.
 
     Raises:
         RadioError: no pictures, an unknown feature name, a size that does not fit the patch, or
@@ -123,7 +129,8 @@ def encode(
     write_plan(folder, rows, _manifest(work, fingerprint, len(rows)))
     dims = {name: encoder.feature_dims[name] for name in work.features}
     ok = shards = 0
-    for items in _shards(_encoded(rows, work), shard_rows, shard_bytes):
+    encoded = told(_named(_encoded(rows, work)), len(rows), progress)
+    for items in _shards(encoded, shard_rows, shard_bytes):
         ok += write_shard(folder / "data", shards, items, dims, fingerprint, merge_to is not None)
         shards += 1
     seconds = time.perf_counter() - started
@@ -153,6 +160,17 @@ def _manifest(work: Work, fingerprint: str, num_rows: int) -> dict[str, Any]:
         **work.as_dict(),
         "versions": versions,
     }
+
+
+def _named(items: Iterator[Encoded]) -> Iterator[Encoded]:
+    """Pass rows on, with a word in the log on the first that failed."""
+    failed = 0
+    for item in items:
+        failed += item.error is not None
+        if item.error is not None and failed <= NAMED:
+            more = "; further ones are named in the column `error` only" * (failed == NAMED)
+            log.warning("%s failed: %s%s", item.row.uri, item.error, more)
+        yield item
 
 
 def _shards(items: Iterator[Encoded], max_rows: int, max_bytes: int) -> Iterator[list[Encoded]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from radio.config import Config
 from radio.data.plan import fitting_plan
 from radio.errors import RadioError
 from radio.files import whole
+from radio.progress import Report
 from radio.targets.standardize import (
     Standardizer,
     load_standardizers,
@@ -24,11 +24,10 @@ from radio.targets.stream import Stream
 from radio.targets.target_maker import Request, StandardizerFile
 
 log = logging.getLogger("radio.fit")
-Progress = Callable[[int, int], None]
 
 
 def fit(
-    config: Config, stream: Stream, progress: Progress | None = None
+    config: Config, stream: Stream, progress: Report | None = None
 ) -> dict[str, StandardizerFile]:
     """Return each teacher's fitted standardizer file, fitting those that are not there yet.
 
@@ -54,7 +53,7 @@ def read_fitted(files: dict[str, StandardizerFile]) -> dict[str, Standardizer]:
     return {name: load_standardizers(Path(file.path))[name] for name, file in files.items()}
 
 
-def _fit_all(config: Config, stream: Stream, progress: Progress | None) -> dict[str, Standardizer]:
+def _fit_all(config: Config, stream: Stream, progress: Report | None) -> dict[str, Standardizer]:
     plan = fitting_plan(config, len(stream.sources["train"]))
     standardizers = {
         name: make_standardizer(teacher.standardizer, stream.teachers[name].feature_dim, name)

@@ -22,6 +22,7 @@ from torch import Tensor
 from radio.config import Config, check
 from radio.data.plan import Plan, StepSpec, seed_for, training_plan
 from radio.errors import RadioError
+from radio.progress import ProgressDisplay, told
 from radio.targets.fit import fit, read_fitted
 from radio.targets.grid import to_grid
 from radio.targets.standardize import Standardizer
@@ -34,10 +35,9 @@ from radio.training.checkpoint import (
     save_checkpoint,
 )
 from radio.training.losses import FEATURE_LOSSES, SUMMARY_LOSSES, weighted_mean
-from radio.training.metrics import Row, held_out_rows
+from radio.training.metrics import Row, describe, held_out_rows
 from radio.training.optim import build_optimizer, learning_rate, set_learning_rate
 from radio.training.pictures import report_pictures
-from radio.training.progress import TrainingProgress, describe
 from radio.training.report import write_report
 from radio.training.run_folder import RunFolder, open_run
 from radio.training.stop import StopSignal
@@ -70,7 +70,7 @@ def distill(config: Config, stream: Stream | None = None) -> RunResult:
         RadioError: anything the user can mend, naming the thing and the way out.
     """
     check(config)
-    with open_run(config) as run, TrainingProgress() as progress:
+    with open_run(config) as run, ProgressDisplay() as progress:
         progress.phase("waiting for teachers")
         with _local_unless(stream, config) as source:
             return _Run(config, source, run, progress).train()
@@ -175,7 +175,7 @@ class _Run:
     """One run between its folder and its stream."""
 
     def __init__(
-        self, config: Config, stream: Stream, run: RunFolder, progress: TrainingProgress
+        self, config: Config, stream: Stream, run: RunFolder, progress: ProgressDisplay
     ) -> None:
         self.config, self.stream, self.run, self.progress = config, stream, run, progress
         torch.set_num_threads(config.threads.student)
@@ -350,7 +350,7 @@ class _Run:
         specs = [StepSpec(at, 0, 0, (partition,)) for at, partition in enumerate(partitions)]
         self.progress.phase("held-out fidelity", len(specs))
         batches = self.stream.read(specs, Request("val", "float32", files), self.incarnation)
-        rows = held_out_rows(student, self._watched(batches, len(specs)), self.device)
+        rows = held_out_rows(student, told(batches, len(specs), self.progress.update), self.device)
         self.run.append({"step": step, "held_out": [row.as_dict() for row in rows]})
         return rows
 
@@ -360,11 +360,6 @@ class _Run:
             student, self.stream, self.plan, request, self.incarnation, self.device
         )
         write_report(self.run.path, pictures)
-
-    def _watched(self, batches: Iterator[StepBatch], total: int) -> Iterator[StepBatch]:
-        for done, batch in enumerate(batches, start=1):
-            yield batch
-            self.progress.update(done, total)
 
     def _rows_of(self, step: int) -> list[Row]:
         """Return the held-out rows that an earlier start already measured at `step`."""

@@ -1,9 +1,9 @@
-"""Held-out fidelity: how much of a teacher's features the student explains."""
+"""Held-out fidelity, how much of a teacher's features the student explains; the training line."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -113,3 +113,22 @@ def _add(
         fidelity.update(predicted, target.features, target.valid)
         if output.summary is not None and target.summary is not None:
             cosines.append(F.cosine_similarity(output.summary.float().cpu(), target.summary))
+
+
+def describe(
+    losses: Mapping[str, float], images_per_second: float, wait_share: float, rows: Sequence[Row]
+) -> str:
+    """Return the training line: loss per teacher, rate, share of waiting, last held-out fidelity.
+
+    A teacher's loss is the sum of its summary's and features'; the fidelity is the worst one.
+    """
+    teachers = dict.fromkeys(name.split("/")[0] for name in losses)
+    by_teacher = {
+        teacher: sum(loss for name, loss in losses.items() if name.split("/")[0] == teacher)
+        for teacher in teachers
+    }
+    shown = " ".join(f"{teacher} {loss:.2f}" for teacher, loss in by_teacher.items())
+    worst = min((row.fidelity for row in rows if not row.merged), default=None)
+    fidelity = "" if worst is None else f", fidelity {worst:.2f}"
+    rate = f"{images_per_second:.1f} images/s, {wait_share:.0%} waiting for teachers"
+    return f"loss {shown}, {rate}{fidelity}"

@@ -1,24 +1,25 @@
-"""Tell the person at the terminal what the run does, at which rate, and what it waits for."""
+"""Tell the person at the terminal what is done, at which rate, and how long it will take."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
+from typing import TypeVar
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from radio.training.metrics import Row
-
-log = logging.getLogger("radio.train")
+log = logging.getLogger("radio")
+T = TypeVar("T")
+Report = Callable[[int, int], None]  # (done, total) of a long work
 LINE_SECONDS = 10.0  # without a terminal: a log line this often
 
 
-class TrainingProgress:
+class ProgressDisplay:
     """A live bar and a line on stderr, or a log line every few seconds without a terminal."""
 
     def __init__(self, console: Console | None = None) -> None:
@@ -39,7 +40,7 @@ class TrainingProgress:
         self._started = time.monotonic()
         self._first: int | None = None
 
-    def __enter__(self) -> TrainingProgress:
+    def __enter__(self) -> ProgressDisplay:
         if self.console.is_terminal:
             self.live.start()
         return self
@@ -53,7 +54,7 @@ class TrainingProgress:
         self.live.stop()
 
     def phase(self, name: str, total: int | None = None) -> None:
-        """Begin a phase: waiting for teachers, fitting, training, evaluation."""
+        """Begin a phase: waiting for teachers, fitting, training, encoding."""
         self._started = time.monotonic()
         self._first = None
         self.progress.reset(self.task, description=name, total=total)
@@ -73,23 +74,13 @@ class TrainingProgress:
             return
         self._last_line = now
         rate = (done - self._first) / max(1e-9, now - self._started)
-        log.info("%d/%d  %s  ETA %.0f s", done, total, text, (total - done) / rate)
+        shown = text or f"{rate:.1f}/s"
+        log.info("%d/%d  %s  ETA %.0f s", done, total, shown, (total - done) / rate)
 
 
-def describe(
-    losses: Mapping[str, float], images_per_second: float, wait_share: float, rows: Sequence[Row]
-) -> str:
-    """Return the training line: loss per teacher, rate, share of waiting, last held-out fidelity.
-
-    A teacher's loss is the sum of its summary's and features'; the fidelity is the worst one.
-    """
-    teachers = dict.fromkeys(name.split("/")[0] for name in losses)
-    by_teacher = {
-        teacher: sum(loss for name, loss in losses.items() if name.split("/")[0] == teacher)
-        for teacher in teachers
-    }
-    shown = " ".join(f"{teacher} {loss:.2f}" for teacher, loss in by_teacher.items())
-    worst = min((row.fidelity for row in rows if not row.merged), default=None)
-    fidelity = "" if worst is None else f", fidelity {worst:.2f}"
-    rate = f"{images_per_second:.1f} images/s, {wait_share:.0%} waiting for teachers"
-    return f"loss {shown}, {rate}{fidelity}"
+def told(items: Iterable[T], total: int, report: Report | None) -> Iterator[T]:
+    """Yield the items, reporting each once it has been worked on."""
+    for done, item in enumerate(items, start=1):
+        yield item
+        if report is not None:
+            report(done, total)
