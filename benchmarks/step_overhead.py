@@ -29,8 +29,9 @@ from radio.data.plan import Plan, StepSpec, seed_for, training_plan
 from radio.targets.fit import fit, read_fitted
 from radio.targets.stream import LocalStream, Stream
 from radio.targets.target_maker import Request, build_readers
-from radio.training.distill import student_for, training_step
+from radio.training.distill import student_for
 from radio.training.optim import build_optimizer, learning_rate, set_learning_rate
+from radio.training.step import training_step
 from ray_jobs.demo import demo_config
 from student.model import Student
 
