@@ -48,7 +48,9 @@ class BareLoop:
 
     def step(self, spec: StepSpec) -> float:
         torch.manual_seed(seed_for(self.config.seed, "step", spec.step))  # random positions
-        rate = learning_rate(self.config.optimizer, spec.stage_step, self.config.stages[0].steps)
+        schedule = self.config.optimizer
+        steps = self.config.stages[0].steps
+        rate = learning_rate(schedule.lr, schedule.warmup_steps, spec.stage_step, steps)
         set_learning_rate(self.optimizer, rate)
         per_view: dict[str, list[torch.Tensor]] = {}  # loss of each view, and its weight
         weights: dict[str, list[torch.Tensor]] = {}

@@ -146,20 +146,32 @@ class EvaluationConfig:
 
 @dataclasses.dataclass
 class PartitionConfig:
-    """One student resolution, its batch, and each teacher's view mode."""
+    """A share of a step: its resolution, its batch, and each teacher's view mode.
+
+    With `image_sizes` every step draws one of them (C-RADIOv4); `image_size` is the one that is
+    measured.
+    """
 
     image_size: int = MISSING
     batch: int = MISSING
     views: dict[str, str] = MISSING
     merge_per_block: int | None = None  # null: student.merge_per_block
+    image_sizes: list[int] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass
 class StageConfig:
-    """A part of the run with its own partitions and schedule."""
+    """A part of the run with its own partitions and a fresh schedule.
+
+    `lr` takes the place of optimizer.lr; the backbone stands still for `frozen_trunk_steps`, while
+    the adaptors learn; `refit` fits the standardizers on this stage's own views before it begins.
+    """
 
     steps: int = MISSING
     partitions: dict[str, PartitionConfig] = MISSING
+    lr: float | None = None
+    frozen_trunk_steps: int = 0
+    refit: bool = False
 
 
 @dataclasses.dataclass
@@ -260,15 +272,53 @@ def check(config: Config) -> None:
     for number, stage in enumerate(config.stages):
         for name, partition in stage.partitions.items():
             _check_partition(config, f"stages[{number}].partitions.{name}", partition)
+        _check_stage(config, number)
+    unused = set(config.teachers) - set().union(*map(teachers_of, config.stages))
+    if unused:
+        names = ", ".join(sorted(unused))
+        raise RadioError(
+            f"no stage has views for teacher {names}; give it a view mode in a partition "
+            f"(stages.0.partitions.NAME.views), or take it out with ~teachers.{min(unused)}"
+        )
+
+
+def teachers_of(stage: StageConfig) -> set[str]:
+    """Return the names of the teachers that a stage's partitions are matched to."""
+    return {name for partition in stage.partitions.values() for name in partition.views}
+
+
+def _check_stage(config: Config, number: int) -> None:
+    stage, where = config.stages[number], f"stages[{number}]"
+    if not 0 <= stage.frozen_trunk_steps <= stage.steps:
+        raise RadioError(
+            f"{where}.frozen_trunk_steps is {stage.frozen_trunk_steps}; it must lie between 0 and "
+            f"{where}.steps, {stage.steps}"
+        )
+    if number == 0 and stage.refit:
+        raise RadioError("stages[0].refit says nothing: the first stage always fits; take it away")
+    earlier = set().union(*map(teachers_of, config.stages[:number]))
+    new = teachers_of(stage) - earlier
+    if number and new and not stage.refit:
+        raise RadioError(
+            f"{where} is the first with teacher {', '.join(sorted(new))}, whose standardizer is "
+            f"not fitted yet; set {where}.refit=true"
+        )
 
 
 def _check_partition(config: Config, where: str, partition: PartitionConfig) -> None:
-    patch, size = config.student.patch_size, partition.image_size
-    if size < patch or size % patch:
-        low = max(patch, size // patch * patch)
+    patch = config.student.patch_size
+    for size in (partition.image_size, *partition.image_sizes):
+        if size < patch or size % patch:
+            low = max(patch, size // patch * patch)
+            key = "image_size" if size == partition.image_size else "image_sizes"
+            raise RadioError(
+                f"{where}.{key} has {size}, no multiple of student.patch_size {patch}; "
+                f"the nearest are {low} and {low + patch}"
+            )
+    if partition.image_sizes and partition.image_size not in partition.image_sizes:
         raise RadioError(
-            f"{where}.image_size is {size}, no multiple of student.patch_size {patch}; "
-            f"the nearest are {low} and {low + patch}"
+            f"{where}.image_size is {partition.image_size}, the resolution that is measured, but "
+            f"{where}.image_sizes, those that are trained, has only {partition.image_sizes}"
         )
     if partition.batch < 1:
         raise RadioError(f"{where}.batch is {partition.batch}; it must be at least 1")

@@ -8,6 +8,9 @@ from tiny import tiny_config
 from radio.config import choices, from_yaml, load, load_teacher, to_yaml
 from radio.errors import RadioError
 
+LOW = "stages.0.partitions.low"
+VIEWS = f"{LOW}.views"
+
 
 @pytest.mark.parametrize("name", choices("experiment"))
 def test_every_experiment_composes_and_reads_back(name: str) -> None:
@@ -23,7 +26,7 @@ def test_every_choice_of_every_group_composes(group: str) -> None:
 
 @pytest.mark.parametrize("name", choices("teacher"))
 def test_every_teacher_can_join_a_run(name: str) -> None:
-    config = load(["experiment=demo", f"+teacher@teachers.more={name}"])
+    config = load(["experiment=demo", f"+teacher@teachers.more={name}", f"+{VIEWS}.more=native"])
     assert config.teachers["more"] == load_teacher(name)
 
 
@@ -55,6 +58,14 @@ def test_an_override_reaches_its_leaf_and_nothing_else() -> None:
         (["experiment=demo", "stages.0.partitions.low.views.sam=tile"], ["tile", "mosaic"]),
         (["experiment=demo", "teachers.sam.summary_weight=1"], ["sam.summary_weight", "must be 0"]),
         (["experiment=demo", "stages.0.partitions.low.views.clip=mosaic"], ["clip", "native"]),
+        (
+            ["experiment=demo", "+teacher@teachers.more=fake"],
+            ["no stage", "more", "~teachers.more"],
+        ),
+        (["experiment=demo", "stages.0.refit=true"], ["stages[0].refit", "always fits"]),
+        (["experiment=demo", "stages.0.frozen_trunk_steps=61"], ["frozen_trunk_steps", "60"]),
+        (["experiment=demo", f"{LOW}.image_sizes=[96,128,200]"], ["200", "192 and 208"]),
+        (["experiment=demo", f"{LOW}.image_sizes=[96]"], ["image_size is 128", "[96]"]),
         (["experiment=demo", "data.train=[a"], ["'[a'", "needs quotes"]),
         ([], ["out has no value", "experiment=NAME", "demo"]),
     ],

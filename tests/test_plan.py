@@ -81,7 +81,7 @@ def test_too_few_pictures_are_refused_with_both_numbers() -> None:
 
 def test_held_out_visits_every_view_once_per_resolution() -> None:
     plan = Plan(0, 21, STAGES[:1])
-    parts = plan.held_out(7, batch=3)
+    parts = plan.held_out(7, batch=3, teachers={"a"})
     for size in (32, 64):
         samples = [view.sample for part in parts if part.image_size == size for view in part.views]
         assert samples == list(range(7))

@@ -7,8 +7,8 @@ a step. Nothing else owns order: a stream, a teacher or a resumed run asks again
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from radio.config import Config, PartitionConfig
 from radio.data.mosaic import Mosaic
@@ -75,13 +75,17 @@ class StepSpec:
 
 @dataclass(frozen=True)
 class PartitionPlan:
-    """A partition as the configuration states it: pixels, views per step, view modes."""
+    """A partition as the configuration states it: pixels, views per step, view modes.
+
+    Every step draws one of `image_sizes`; empty, it is `image_size`.
+    """
 
     name: str
     image_size: int
     batch: int
     modes: dict[str, str]
     merge_per_block: int = 0
+    image_sizes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,11 @@ class Plan:
                     f"has only {num_samples} pictures; lower the partitions' batch or add pictures"
                 )
 
+    def steps_of(self, stage: int) -> range:
+        """Return the global numbers of a stage's steps."""
+        first = sum(earlier.steps for earlier in self.stages[:stage])
+        return range(first, first + self.stages[stage].steps)
+
     @property
     def num_steps(self) -> int:
         """Steps of all stages together."""
@@ -154,32 +163,49 @@ class Plan:
             views = tuple(
                 ViewSpec(permute(at, self.num_samples, order), epoch, at) for at in positions
             )
-            partitions.append(_with_views(partition, views))
+            size = self._size(partition, epoch, step_of_epoch)
+            partitions.append(_with_views(partition, views, size))
             position += partition.batch
         return StepSpec(step, number, stage_step, tuple(partitions))
 
-    def held_out(self, num_samples: int, batch: int) -> list[PartitionSpec]:
+    def _size(self, partition: PartitionPlan, epoch: int, step_of_epoch: int) -> int:
+        """Return a step's resolution; with `repeat_epochs` it comes back with its views."""
+        if not partition.image_sizes:
+            return partition.image_size
+        drawn = seed_for(self.seed, f"size/{partition.name}", epoch, step_of_epoch)
+        return partition.image_sizes[drawn % len(partition.image_sizes)]
+
+    def held_out(
+        self, num_samples: int, batch: int, teachers: Collection[str]
+    ) -> list[PartitionSpec]:
         """Return the last stage's partitions over a held-out set, `batch` views at a time.
 
-        Each resolution occurs once (its first partition speaks for it); crops are keyed by the
-        sample's own number, so the same set is seen after any number of steps.
+        Each resolution occurs once (its first partition speaks for it), with those of its
+        teachers that are named; crops are keyed by the sample's own number, so the same set is
+        seen after any number of steps.
         """
         specs = []
         seen: Mapping[int, PartitionPlan] = {}
         for partition in self.stages[-1].partitions:
             if partition.image_size in seen:
                 continue
+            modes = {name: mode for name, mode in partition.modes.items() if name in teachers}
+            if not modes:
+                continue
+            partition = replace(partition, modes=modes)
             seen = {**seen, partition.image_size: partition}
             for start in range(0, num_samples, batch):
                 samples = range(start, min(start + batch, num_samples))
                 views = tuple(ViewSpec(sample, 0, sample) for sample in samples)
-                specs.append(_with_views(partition, views))
+                specs.append(_with_views(partition, views, partition.image_size))
         return specs
 
 
-def _with_views(partition: PartitionPlan, views: tuple[ViewSpec, ...]) -> PartitionSpec:
+def _with_views(
+    partition: PartitionPlan, views: tuple[ViewSpec, ...], image_size: int
+) -> PartitionSpec:
     return PartitionSpec(
-        partition.name, partition.image_size, views, partition.modes, partition.merge_per_block
+        partition.name, image_size, views, partition.modes, partition.merge_per_block
     )
 
 
@@ -205,6 +231,7 @@ def stage_plans(config: Config) -> list[StagePlan]:
                     config.student.merge_per_block
                     if partition.merge_per_block is None
                     else partition.merge_per_block,
+                    tuple(partition.image_sizes),
                 )
                 for name, partition in stage.partitions.items()
             ),
@@ -216,9 +243,11 @@ def stage_plans(config: Config) -> list[StagePlan]:
 def _check_mosaics(config: Config, name: str, partition: PartitionConfig) -> None:
     for teacher, mode in partition.views.items():
         card = config.teachers[teacher].card
-        if mode == "mosaic":
+        if mode != "mosaic":
+            continue
+        for size in (partition.image_size, *partition.image_sizes):
             try:
-                Mosaic(card.native_size, partition.image_size, card.stride)
+                Mosaic(card.native_size, size, card.stride)
             except ValueError as error:
                 raise RadioError(
                     f"partition '{name}' cannot be packed for teacher '{teacher}': {error}"
@@ -230,7 +259,7 @@ def training_plan(config: Config, num_samples: int) -> Plan:
     return Plan(config.seed, num_samples, stage_plans(config), config.data.repeat_epochs)
 
 
-def fitting_plan(config: Config, num_samples: int) -> Plan:
-    """Return the plan that standardizers are fitted on: `fit.steps` steps of every stage."""
-    stages = [StagePlan(config.fit.steps, stage.partitions) for stage in stage_plans(config)]
+def fitting_plan(config: Config, num_samples: int, stage: int = 0) -> Plan:
+    """Return the plan that a stage's standardizers are fitted on: `fit.steps` steps of its own."""
+    stages = [StagePlan(config.fit.steps, stage_plans(config)[stage].partitions)]
     return Plan(config.seed, num_samples, stages, config.data.repeat_epochs)

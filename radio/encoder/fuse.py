@@ -10,13 +10,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from jaxtyping import Float
-from torch import Tensor
-
 from radio.encoder.card import model_card
 from radio.encoder.folder import read_weights, refuse_foreign, write_folder
-from radio.encoder.layout import State, below, clean_backbone
+from radio.encoder.layout import State, below, clean_backbone, materialise_spectral
 from radio.encoder.weights import EncoderWeights, TeacherHeads, build_backbone, build_heads
+from radio.targets.fold import folded
 from radio.targets.standardize import Standardizer
 from radio.training.checkpoint import Checkpoint, find_checkpoint
 from student.vit import SIZES
@@ -48,15 +46,19 @@ def fuse(checkpoint: str | Path, out: str | Path) -> Path:
 
 
 def weights_of(checkpoint: Checkpoint) -> EncoderWeights:
-    """Return a checkpoint's encoder: LayerScale and the inverse standardizers folded."""
-    backbone = clean_backbone(below(checkpoint.model, "backbone."))
+    """Return a checkpoint's encoder: all that only training needs folded into plain weights."""
+    backbone = clean_backbone(materialise_spectral(below(checkpoint.model, "backbone.")))
     teachers: dict[str, TeacherHeads] = {}
     num_summaries = 0
     for name in checkpoint.state["teachers"]:  # in the order of the student's CLS rows
         states = _heads_of(checkpoint, name)
         row = num_summaries if "summary" in states else None
         num_summaries += row is not None
-        teachers[name] = TeacherHeads(row, states, facts=_facts(checkpoint, name))
+        left_out = {}
+        if name not in checkpoint.standardizers:
+            why = f"no stage before step {checkpoint.step} was matched to it"
+            states, left_out = {}, dict.fromkeys(states, why)
+        teachers[name] = TeacherHeads(row, states, left_out, _facts(checkpoint, name))
     num_cls = max(1, num_summaries)
     last_partitions = checkpoint.config.stages[-1].partitions.values()
     return EncoderWeights(
@@ -72,7 +74,8 @@ def weights_of(checkpoint: Checkpoint) -> EncoderWeights:
 
 def _heads_of(checkpoint: Checkpoint, name: str) -> dict[str, State]:
     states = {"features": below(checkpoint.model, f"adaptors.{name}.features.")}
-    states["features"] = fold_standardizer(states["features"], checkpoint.standardizers[name])
+    if name in checkpoint.standardizers:
+        states["features"] = fold_standardizer(states["features"], checkpoint.standardizers[name])
     summary = below(checkpoint.model, f"adaptors.{name}.summary.")
     return {"summary": summary, **states} if summary else states
 
@@ -85,16 +88,6 @@ def fold_standardizer(head: State, standardizer: Standardizer) -> State:
     matrix, mean = standardizer.as_linear()
     weight, bias = folded(head[f"{LAST}.weight"], head[f"{LAST}.bias"], matrix, mean)
     return {**head, f"{LAST}.weight": weight, f"{LAST}.bias": bias}
-
-
-def folded(
-    weight: Float[Tensor, "out hidden"],
-    bias: Float[Tensor, " out"],
-    matrix: Float[Tensor, "out out"],
-    shift: Float[Tensor, " out"],
-) -> tuple[Float[Tensor, "out hidden"], Float[Tensor, " out"]]:
-    """Return the (weight, bias) of x -> matrix (weight x + bias) + shift, float32."""
-    return (matrix @ weight.double()).float(), (matrix @ bias.double() + shift).float()
 
 
 def _facts(checkpoint: Checkpoint, name: str) -> dict[str, Any]:

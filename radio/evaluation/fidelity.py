@@ -33,10 +33,10 @@ def fidelity(target: Path, data: str | None, progress: Report | None = None) -> 
         student.load_state_dict(checkpoint.model)
         path = Path(folder) / "standardizers.safetensors"
         save_standardizers(path, checkpoint.standardizers, {})
-        files = dict.fromkeys(config.teachers, StandardizerFile.of(path))
+        files = dict.fromkeys(checkpoint.standardizers, StandardizerFile.of(path))
         plan = training_plan(config, len(stream.sources["train"]))
         num_views = min(config.evaluation.views, len(stream.sources["val"]))
-        partitions = plan.held_out(num_views, HELD_OUT_BATCH)
+        partitions = plan.held_out(num_views, HELD_OUT_BATCH, checkpoint.standardizers)
         specs = [StepSpec(at, 0, 0, (part,)) for at, part in enumerate(partitions)]
         request = Request("val", "float32", files)
         batches = told(stream.read(specs, request), len(specs), progress)

@@ -8,7 +8,7 @@ import logging
 from dataclasses import asdict
 from pathlib import Path
 
-from radio.config import Config
+from radio.config import Config, teachers_of
 from radio.data.plan import fitting_plan
 from radio.errors import RadioError
 from radio.files import whole
@@ -27,9 +27,9 @@ log = logging.getLogger("radio.fit")
 
 
 def fit(
-    config: Config, stream: Stream, progress: Report | None = None
+    config: Config, stream: Stream, progress: Report | None = None, stage: int = 0
 ) -> dict[str, StandardizerFile]:
-    """Return each teacher's fitted standardizer file, fitting those that are not there yet.
+    """Return the fitted standardizer file of each teacher of a stage, fitting what is not there.
 
     Features travel as float32 and unstandardized; statistics merge in step order. A file fitted
     on the same teacher, pictures and plan is reused.
@@ -37,12 +37,13 @@ def fit(
     Raises:
         RadioError: `out` holds a standardizer of a teacher that has changed since.
     """
-    folder = Path(config.out) / "standardizers"
-    paths = {name: folder / f"{name}.safetensors" for name in config.teachers}
-    wanted = {name: _identity(config, stream, name) for name in config.teachers}
+    folder = Path(config.out) / "standardizers" / (f"stage-{stage}" if stage else "")
+    names = [name for name in config.teachers if name in teachers_of(config.stages[stage])]
+    paths = {name: folder / f"{name}.safetensors" for name in names}
+    wanted = {name: _identity(config, stream, name, stage) for name in names}
     if not all(_fits(paths[name], name, wanted[name]) for name in paths):
         folder.mkdir(parents=True, exist_ok=True)
-        for name, standardizer in _fit_all(config, stream, progress).items():
+        for name, standardizer in _fit_all(config, stream, progress, stage).items():
             with whole(paths[name]) as temporary:
                 save_standardizers(temporary, {name: standardizer}, wanted[name])
     return {name: StandardizerFile.of(path) for name, path in paths.items()}
@@ -53,11 +54,14 @@ def read_fitted(files: dict[str, StandardizerFile]) -> dict[str, Standardizer]:
     return {name: load_standardizers(Path(file.path))[name] for name, file in files.items()}
 
 
-def _fit_all(config: Config, stream: Stream, progress: Report | None) -> dict[str, Standardizer]:
-    plan = fitting_plan(config, len(stream.sources["train"]))
+def _fit_all(
+    config: Config, stream: Stream, progress: Report | None, stage: int
+) -> dict[str, Standardizer]:
+    plan = fitting_plan(config, len(stream.sources["train"]), stage)
     standardizers = {
         name: make_standardizer(teacher.standardizer, stream.teachers[name].feature_dim, name)
         for name, teacher in config.teachers.items()
+        if name in teachers_of(config.stages[stage])
     }
     specs = (plan(step) for step in range(plan.num_steps))
     request = Request("train", "float32", {})
@@ -73,7 +77,7 @@ def _fit_all(config: Config, stream: Stream, progress: Report | None) -> dict[st
     return standardizers
 
 
-def _identity(config: Config, stream: Stream, name: str) -> dict[str, str]:
+def _identity(config: Config, stream: Stream, name: str, stage: int) -> dict[str, str]:
     """Return what a fit depends on, as the file's metadata."""
     plan = {
         "seed": config.seed,
@@ -82,7 +86,7 @@ def _identity(config: Config, stream: Stream, name: str) -> dict[str, str]:
         "micro_batch": config.data.micro_batch,
         "repeat_epochs": config.data.repeat_epochs,
         "patch_size": config.student.patch_size,
-        "partitions": [asdict(stage)["partitions"] for stage in config.stages],
+        "partitions": asdict(config.stages[stage])["partitions"],
     }
     return {
         "kind": config.teachers[name].standardizer,

@@ -9,12 +9,12 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from radio.config import Config, check
+from radio.config import Config, check, teachers_of
 from radio.data.plan import Plan, StepSpec, seed_for, training_plan
 from radio.errors import RadioError
 from radio.progress import ProgressDisplay, told
@@ -31,11 +31,12 @@ from radio.training.checkpoint import (
 from radio.training.metrics import Row, describe, held_out_rows
 from radio.training.optim import build_optimizer
 from radio.training.pictures import report_pictures
+from radio.training.refit import refit_adaptor
 from radio.training.report import write_report
 from radio.training.run_folder import RunFolder, open_run
 from radio.training.step import training_step
 from radio.training.stop import StopSignal
-from student.model import Student, TeacherDims, build_student
+from student.model import Student, TeacherAdaptor, TeacherDims, build_student
 
 log = logging.getLogger("radio.train")
 HELD_OUT_BATCH = 16  # views of a held-out batch; a teacher's micro-batches are inside it
@@ -89,6 +90,11 @@ class _Run:
         torch.set_num_threads(config.threads.student)
         self.device = device_of(config)
         self.plan: Plan = training_plan(config, len(stream.sources["train"]))
+        torch.manual_seed(seed_for(config.seed, "student"))
+        self.student = student_for(config, stream.teachers).to(self.device)
+        self.optimizer = build_optimizer(self.student, config.optimizer)
+        self.files: dict[str, StandardizerFile] = {}  # those in force, by teacher
+        self.standardizers: dict[str, Standardizer] = {}
         self.damaged: dict[str, str] = {}
         self.num_damaged_views = 0
         self.incarnation = 1
@@ -97,56 +103,71 @@ class _Run:
         self.logged = (0, time.perf_counter())
 
     def train(self) -> RunResult:
-        """Fit, resume, train, evaluate."""
+        """Resume, fit, train stage by stage, evaluate, report."""
         config, plan = self.config, self.plan
-        self.progress.phase("fitting standardizers", config.fit.steps * len(config.stages))
-        files = fit(config, self.stream, lambda done, total: self.progress.update(done, total))
-        standardizers = read_fitted(files)
-        torch.manual_seed(seed_for(config.seed, "student"))
-        student = student_for(config, self.stream.teachers).to(self.device)
-        optimizer = build_optimizer(student, config.optimizer)
-        start = self._resume(student, optimizer)
-        before = self._rows_of(0) or self._evaluate(student, files, 0)
+        start = self._resume()
+        self._fit(0)
+        for number in range(1, len(plan.stages)):
+            if config.stages[number].refit and plan.steps_of(number)[0] < start:
+                self._fit(number)
+        before = self._rows_of(0) or self._evaluate(0)
         self.rows = self._rows_of(start) or before
         step = start
         with StopSignal() as stop:
-            for step in self._steps(student, optimizer, files, start):
+            for step in self._steps(start):
                 due = step % config.checkpoint.every_steps == 0
                 if due or stop.requested or step == plan.num_steps:
-                    self._save(student, optimizer, standardizers, step)
+                    self._save(step)
                 if stop.requested:
                     log.warning("stopped, step %d is saved; the same command resumes there", step)
                     raise KeyboardInterrupt
                 every = config.evaluation.every_steps
                 if every and step % every == 0 and step < plan.num_steps:
-                    self.rows = self._evaluate(student, files, step)
+                    self.rows = self._evaluate(step)
                     self._begin_training(step)
-        after = self._rows_of(step) or self._evaluate(student, files, step)
-        self._report(student, files)
+        after = self._rows_of(step) or self._evaluate(step)
+        self._report()
         if start == plan.num_steps:
             log.info("%s is finished at step %d; nothing to train", self.run.path, start)
         return RunResult(self.run.path, step, True, before, after, self.damaged)
 
-    def _steps(
-        self,
-        student: Student,
-        optimizer: torch.optim.Optimizer,
-        files: Mapping[str, StandardizerFile],
-        start: int,
-    ) -> Iterator[int]:
+    def _fit(self, stage: int) -> None:
+        """Put a stage's standardizers in force, fitting those that are not there yet."""
+        self.progress.phase("fitting standardizers", self.config.fit.steps)
+        files = fit(self.config, self.stream, self.progress.update, stage)
+        self.files.update(files)
+        self.standardizers.update(read_fitted(files))
+
+    def _refit(self, stage: int) -> None:
+        """Fit again before a stage; what the adaptors say in the teachers' spaces stays."""
+        earlier = dict(self.standardizers)
+        self._fit(stage)
+        for name in earlier.keys() & teachers_of(self.config.stages[stage]):
+            adaptor = cast(TeacherAdaptor, self.student.adaptors[name])
+            refit_adaptor(
+                adaptor.features.last, earlier[name], self.standardizers[name], self.optimizer
+            )
+
+    def _steps(self, start: int) -> Iterator[int]:
         """Train from step `start` to the end, yielding the number of finished steps."""
         config, plan = self.config, self.plan
-        request = Request("train", config.codec, files)
-        specs = (plan(step) for step in range(start, plan.num_steps))
-        student.train()
-        self._begin_training(start)
-        for batch in self.stream.read(specs, request, self.incarnation):
-            self.losses = training_step(student, optimizer, batch, config, plan, self.device)
-            done = batch.step + 1
-            self._count_damage(batch)
-            if done % config.log_every_steps == 0 or done == plan.num_steps:
-                self._log(done, batch)
-            yield done
+        for number, stage in enumerate(config.stages):
+            steps = [step for step in plan.steps_of(number) if step >= start]
+            if stage.refit and len(steps) == stage.steps:
+                self._refit(number)
+            request = Request("train", config.codec, dict(self.files))
+            specs = (plan(step) for step in steps)
+            self.student.train()
+            self._begin_training(max(start, plan.steps_of(number).start))
+            for batch in self.stream.read(specs, request, self.incarnation):
+                self.losses = training_step(
+                    self.student, self.optimizer, batch, config, plan, self.device
+                )
+                done = batch.step + 1
+                self._count_damage(batch)
+                if done % config.log_every_steps == 0 or done == plan.num_steps:
+                    self._log(done, batch)
+                yield done
 
     def _begin_training(self, step: int) -> None:
         self.progress.phase("training", self.plan.num_steps)
@@ -197,7 +218,7 @@ class _Run:
                 f"{self.config.data.max_damaged} allows:{some}\nmend the data or raise the limit"
             )
 
-    def _resume(self, student: Student, optimizer: torch.optim.Optimizer) -> int:
+    def _resume(self) -> int:
         """Restore the newest checkpoint and return its step, or 0."""
         path = newest_checkpoint(self.run.checkpoints)
         if path is None:
@@ -205,7 +226,7 @@ class _Run:
             return 0
         checkpoint = load_checkpoint(path)
         self._refuse_other_inputs(checkpoint.state)
-        restore(checkpoint, student, optimizer)
+        restore(checkpoint, self.student, self.optimizer)
         self.run.cut(checkpoint.step)
         self.incarnation = int(checkpoint.state["incarnation"]) + 1
         self.damaged = dict(checkpoint.state["damaged"])
@@ -228,13 +249,7 @@ class _Run:
                 f"{self.run.path} was trained; restore them, or choose another out="
             )
 
-    def _save(
-        self,
-        student: Student,
-        optimizer: torch.optim.Optimizer,
-        standardizers: Mapping[str, Standardizer],
-        step: int,
-    ) -> None:
+    def _save(self, step: int) -> None:
         self._finite_losses(step)  # broken weights must not replace whole ones
         state = {
             "incarnation": self.incarnation,
@@ -246,26 +261,28 @@ class _Run:
             "versions": {"torch": str(torch.__version__)},
         }
         folder, keep = self.run.checkpoints, self.config.checkpoint.keep
-        save_checkpoint(folder, step, student, optimizer, standardizers, self.config, state, keep)
+        run = self.student, self.optimizer, self.standardizers, self.config
+        save_checkpoint(folder, step, *run, state, keep)
 
-    def _evaluate(
-        self, student: Student, files: Mapping[str, StandardizerFile], step: int
-    ) -> list[Row]:
+    def _evaluate(self, step: int) -> list[Row]:
         if "val" not in self.stream.sources:
             return []
         num_views = min(self.config.evaluation.views, len(self.stream.sources["val"]))
-        partitions = self.plan.held_out(num_views, HELD_OUT_BATCH)
+        partitions = self.plan.held_out(num_views, HELD_OUT_BATCH, self.files)
         specs = [StepSpec(at, 0, 0, (partition,)) for at, partition in enumerate(partitions)]
         self.progress.phase("held-out fidelity", len(specs))
-        batches = self.stream.read(specs, Request("val", "float32", files), self.incarnation)
-        rows = held_out_rows(student, told(batches, len(specs), self.progress.update), self.device)
+        request = Request("val", "float32", dict(self.files))
+        batches = self.stream.read(specs, request, self.incarnation)
+        rows = held_out_rows(
+            self.student, told(batches, len(specs), self.progress.update), self.device
+        )
         self.run.append({"step": step, "held_out": [row.as_dict() for row in rows]})
         return rows
 
-    def _report(self, student: Student, files: Mapping[str, StandardizerFile]) -> None:
-        request = Request("val", "float32", files)
+    def _report(self) -> None:
+        request = Request("val", "float32", dict(self.files))
         pictures = report_pictures(
-            student, self.stream, self.plan, request, self.incarnation, self.device
+            self.student, self.stream, self.plan, request, self.incarnation, self.device
         )
         write_report(self.run.path, pictures)
 

@@ -36,16 +36,16 @@ def build_optimizer(student: nn.Module, config: OptimizerConfig) -> torch.optim.
     return optimizer
 
 
-def learning_rate(config: OptimizerConfig, stage_step: int, stage_steps: int) -> float:
-    """Return the rate of a step: linear warm-up over `warmup_steps`, then cosine to zero.
+def learning_rate(base: float, warmup_steps: int, stage_step: int, stage_steps: int) -> float:
+    """Return the rate of a step: linear warm-up to `base` over `warmup_steps`, then cosine to zero.
 
     PHI-S restarts the cosine in every stage (2410.01680, A.7), so the step is the stage's own.
     """
-    if stage_step < config.warmup_steps:
-        return config.lr * (stage_step + 1) / (config.warmup_steps + 1)
-    span = max(1, stage_steps - config.warmup_steps)
-    done = (stage_step - config.warmup_steps) / span
-    return config.lr * 0.5 * (1 + math.cos(math.pi * done))
+    if stage_step < warmup_steps:
+        return base * (stage_step + 1) / (warmup_steps + 1)
+    span = max(1, stage_steps - warmup_steps)
+    done = (stage_step - warmup_steps) / span
+    return base * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -27,7 +27,7 @@ def report_pictures(
     if "val" not in stream.sources:
         return []
     num_samples = len(stream.sources["val"])
-    held_out = plan.held_out(num_samples, num_samples)
+    held_out = plan.held_out(num_samples, num_samples, request.standardizers)
     largest = max(held_out, key=lambda partition: partition.image_size)
     chosen = [largest.views[at * num_samples // count] for at in range(min(count, num_samples))]
     spec = StepSpec(0, 0, 0, (replace(largest, views=tuple(chosen)),))

@@ -30,10 +30,14 @@ def training_step(
     device: torch.device,
 ) -> dict[str, Tensor]:
     """Take one step of the algorithm and return the unweighted losses, still on the device."""
-    stage, stage_step = plan.locate(batch.step)
+    number, stage_step = plan.locate(batch.step)
+    stage = config.stages[number]
     torch.manual_seed(seed_for(config.seed, "step", batch.step))
-    rate = learning_rate(config.optimizer, stage_step, config.stages[stage].steps)
+    base = config.optimizer.lr if stage.lr is None else stage.lr
+    rate = learning_rate(base, config.optimizer.warmup_steps, stage_step, stage.steps)
     set_learning_rate(optimizer, rate)
+    # PHI-S trains the heads alone before a stage's targets reach the body (2410.01680, A.7).
+    student.backbone.requires_grad_(stage_step >= stage.frozen_trunk_steps)
     half = config.student.precision == "bf16"
     with torch.autocast(device.type, torch.bfloat16, enabled=half):
         losses = step_losses(student, batch, config, device)

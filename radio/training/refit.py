@@ -1,0 +1,30 @@
+"""What an adaptor must become when its teacher's standardizer is fitted again."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from radio.targets.fold import folded
+from radio.targets.standardize import Standardizer
+
+
+@torch.no_grad()
+def refit_adaptor(
+    last: nn.Linear,
+    before: Standardizer,
+    after: Standardizer,
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    """Rewrite an adaptor's last Linear, so that what it says in the teacher's space stays.
+
+    With y' = W1 (y - mu1) before and y'' = W2 (y - mu2) after, y'' = W2 W1^-1 y' + W2 (mu1 - mu2).
+    The optimizer's moments of the two parameters are of another space and are dropped.
+    """
+    matrix = after.matrix @ before.inverse
+    shift = after.matrix @ (before.mean - after.mean)
+    weight, bias = folded(last.weight, last.bias, matrix, shift)
+    last.weight.copy_(weight)
+    last.bias.copy_(bias)
+    for parameter in (last.weight, last.bias):
+        optimizer.state.pop(parameter, None)
