@@ -29,6 +29,7 @@ from radio.data.plan import Plan, StepSpec, seed_for, training_plan
 from radio.targets.fit import fit, read_fitted
 from radio.targets.stream import LocalStream, Stream
 from radio.targets.target_maker import Request, build_readers
+from radio.targets.view_modes import VIEW_MODES
 from radio.training.distill import student_for
 from radio.training.optim import build_optimizer, learning_rate, set_learning_rate
 from radio.training.step import training_step
@@ -82,7 +83,7 @@ class BareLoop:
     def target(self, name, part):
         maker = self.stream.makers[name]
         teacher, mode = maker.teacher, part.modes[name]
-        pixels = self.reader.batch(part.views, maker.view_size(part)).pixels
+        pixels = self.reader.batch(part.views, VIEW_MODES[mode].side(maker.shown(part))).pixels
         with torch.inference_mode():
             torch.set_num_threads(self.config.threads.teacher)
             x = (pixels.float() / 255 - torch.tensor(teacher.mean).view(1, 3, 1, 1)) / torch.tensor(
@@ -91,11 +92,13 @@ class BareLoop:
             mosaic = None
             if mode == "mosaic":
                 mosaic = Mosaic(teacher.native_size, part.image_size, teacher.stride)
-                x = mosaic.place(x)
+                x = mosaic.place(x[list(part.order)])
             outputs = [teacher(piece) for piece in x.split(self.config.data.micro_batch)]
             features = torch.cat([output.features for output in outputs])
             if mosaic is not None:
-                features = mosaic.split(features, len(pixels))
+                windows = mosaic.split(features, len(pixels))
+                features = torch.empty_like(windows)
+                features[list(part.order)] = windows
             features = self.standardizers[name].transform_map(features)
             side = part.image_size // self.config.student.patch_size
             features = to_side(features, min(side, features.shape[-1]))

@@ -24,7 +24,9 @@ from radio.errors import RadioError
 
 STREAMS = ("local", "ray")
 PRECISIONS = ("float32", "bf16")
-VIEW_MODES = ("native", "match", "mosaic")
+VIEW_MODES = ("native", "match", "mosaic", "padded", "tiled", "sharpened")
+NEEDS = {"tiled": "native", "sharpened": "native", "padded": "mosaic"}  # of a teacher's own modes
+GRIDS = ("coarser", "larger")
 
 
 @dataclasses.dataclass
@@ -115,6 +117,7 @@ class LossConfig:
 
     summary: str = "cosine"
     feature: str = "mse"
+    grid: str = "coarser"  # of the student's and the teacher's, or the larger (AM-RADIO)
 
 
 @dataclasses.dataclass
@@ -260,6 +263,7 @@ def check(config: Config) -> None:
     """Refuse what cannot run, naming the keys, before anything is started."""
     _one_of("stream", config.stream, STREAMS)
     _one_of("student.precision", config.student.precision, PRECISIONS)
+    _one_of("losses.grid", config.losses.grid, GRIDS)
     if not config.teachers:
         raise RadioError(
             "no teachers: choose an experiment (experiment=demo) or add one, "
@@ -331,10 +335,11 @@ def _check_partition(config: Config, where: str, partition: PartitionConfig) -> 
     for teacher, mode in partition.views.items():
         _one_of(f"{where}.views.{teacher}", mode, VIEW_MODES)
         offered = config.teachers[teacher].card.view_modes
-        if mode not in offered:
+        if NEEDS.get(mode, mode) not in offered:
+            usable = [known for known in VIEW_MODES if NEEDS.get(known, known) in offered]
             raise RadioError(
                 f"{where}.views.{teacher} is '{mode}', but teacher '{teacher}' "
-                f"({config.teachers[teacher].kind}) offers: {', '.join(offered)}"
+                f"({config.teachers[teacher].kind}) offers: {', '.join(usable)}"
             )
         weight = config.teachers[teacher].summary_weight
         if mode == "mosaic" and weight != 0:

@@ -21,12 +21,15 @@ class Mosaic:
         canvas_px: side of the canvas in pixels, a multiple of `stride`.
         view_px: side of a view in pixels, a multiple of `stride`, at most the canvas.
         stride: pixels per feature of the teacher.
+        per_side: tiles along a side; as many as fit if not given.
 
     Raises:
         ValueError: a size that does not fit, with the nearest that do.
     """
 
-    def __init__(self, canvas_px: int, view_px: int, stride: int) -> None:
+    def __init__(
+        self, canvas_px: int, view_px: int, stride: int, per_side: int | None = None
+    ) -> None:
         if stride < 1:
             raise ValueError(f"the stride is {stride} px; expected 1 or more")
         if canvas_px < stride or canvas_px % stride:
@@ -42,7 +45,13 @@ class Mosaic:
         self.canvas_px = canvas_px
         self.view_px = view_px
         self.stride = stride
-        self.per_side = canvas_px // view_px
+        most = canvas_px // view_px
+        self.per_side = most if per_side is None else per_side
+        if not 1 <= self.per_side <= most:
+            raise ValueError(
+                f"{self.per_side} views of {view_px} px do not lie along {canvas_px} px; "
+                f"1 to {most} do"
+            )
         # A tile's corner must lie on the feature grid, so the pitch is whole strides.
         self.pitch = canvas_px // stride // self.per_side * stride
 

@@ -54,12 +54,17 @@ class ViewSpec:
 
 @dataclass(frozen=True)
 class PartitionSpec:
-    """A share of a step: one student resolution in pixels, its views, each teacher's view mode."""
+    """A share of a step: one student resolution in pixels, its views, each teacher's view mode.
+
+    `order` is the order in which the views lie on canvases, drawn anew every step, so that each
+    place of a canvas sees every kind of picture.
+    """
 
     name: str
     image_size: int
     views: tuple[ViewSpec, ...]
     modes: dict[str, str]
+    order: tuple[int, ...]
     merge_per_block: int = 0
 
 
@@ -163,16 +168,19 @@ class Plan:
             views = tuple(
                 ViewSpec(permute(at, self.num_samples, order), epoch, at) for at in positions
             )
-            size = self._size(partition, epoch, step_of_epoch)
-            partitions.append(_with_views(partition, views, size))
+            key = epoch, step_of_epoch
+            size = self._size(partition, key)
+            tiles = seed_for(self.seed, f"tiles/{partition.name}", *key)
+            places = tuple(permute(at, len(views), tiles) for at in range(len(views)))
+            partitions.append(_with_views(partition, views, size, places))
             position += partition.batch
         return StepSpec(step, number, stage_step, tuple(partitions))
 
-    def _size(self, partition: PartitionPlan, epoch: int, step_of_epoch: int) -> int:
+    def _size(self, partition: PartitionPlan, key: tuple[int, int]) -> int:
         """Return a step's resolution; with `repeat_epochs` it comes back with its views."""
         if not partition.image_sizes:
             return partition.image_size
-        drawn = seed_for(self.seed, f"size/{partition.name}", epoch, step_of_epoch)
+        drawn = seed_for(self.seed, f"size/{partition.name}", *key)
         return partition.image_sizes[drawn % len(partition.image_sizes)]
 
     def held_out(
@@ -197,15 +205,16 @@ class Plan:
             for start in range(0, num_samples, batch):
                 samples = range(start, min(start + batch, num_samples))
                 views = tuple(ViewSpec(sample, 0, sample) for sample in samples)
-                specs.append(_with_views(partition, views, partition.image_size))
+                order = tuple(range(len(views)))
+                specs.append(_with_views(partition, views, partition.image_size, order))
         return specs
 
 
 def _with_views(
-    partition: PartitionPlan, views: tuple[ViewSpec, ...], image_size: int
+    partition: PartitionPlan, views: tuple[ViewSpec, ...], image_size: int, order: tuple[int, ...]
 ) -> PartitionSpec:
     return PartitionSpec(
-        partition.name, image_size, views, partition.modes, partition.merge_per_block
+        partition.name, image_size, views, partition.modes, order, partition.merge_per_block
     )
 
 
@@ -243,7 +252,7 @@ def stage_plans(config: Config) -> list[StagePlan]:
 def _check_mosaics(config: Config, name: str, partition: PartitionConfig) -> None:
     for teacher, mode in partition.views.items():
         card = config.teachers[teacher].card
-        if mode != "mosaic":
+        if mode not in ("mosaic", "padded"):
             continue
         for size in (partition.image_size, *partition.image_sizes):
             try:

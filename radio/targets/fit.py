@@ -86,6 +86,7 @@ def _identity(config: Config, stream: Stream, name: str, stage: int) -> dict[str
         "micro_batch": config.data.micro_batch,
         "repeat_epochs": config.data.repeat_epochs,
         "patch_size": config.student.patch_size,
+        "grid": config.losses.grid,
         "partitions": asdict(config.stages[stage])["partitions"],
     }
     return {

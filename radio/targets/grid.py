@@ -1,4 +1,4 @@
-"""Bring two token grids to the coarser of the two."""
+"""Bring two token grids to the coarser of the two, or to the larger (AM-RADIO 2312.06709)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,14 @@ Grid = tuple[int, int]
 def coarser(first: Grid, second: Grid) -> Grid:
     """Return the smaller number of rows and of columns of two (rows, columns) grids."""
     return min(first[0], second[0]), min(first[1], second[1])
+
+
+def larger(first: Grid, second: Grid) -> Grid:
+    """Return the larger number of rows and of columns of two (rows, columns) grids."""
+    return max(first[0], second[0]), max(first[1], second[1])
+
+
+GRIDS = {"coarser": coarser, "larger": larger}
 
 
 def to_grid(features: Float[Tensor, "b c h w"], grid: Grid) -> Float[Tensor, "b c rows columns"]:

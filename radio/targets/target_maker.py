@@ -18,14 +18,14 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from radio.config import Config
-from radio.data.mosaic import Mosaic
 from radio.data.plan import PartitionSpec
 from radio.data.shards import ImageSource
 from radio.data.views import ViewReader
 from radio.errors import RadioError
 from radio.targets import codec
-from radio.targets.grid import Grid, coarser, to_grid
+from radio.targets.grid import GRIDS, Grid, to_grid
 from radio.targets.standardize import Standardizer, load_standardizers
+from radio.targets.view_modes import VIEW_MODES, Shown
 from teachers import Teacher, TeacherOutput, build_teacher
 
 
@@ -93,6 +93,7 @@ class TargetMaker:
         micro_batch: pictures (or canvases) per forward; part of the spec, since the
             composition of a batch may change low bits.
         device: where the forward runs.
+        grid: a row of `radio.targets.grid.GRIDS`, of the student's grid and the teacher's.
     """
 
     def __init__(
@@ -104,6 +105,7 @@ class TargetMaker:
         patch_size: int,
         micro_batch: int,
         device: torch.device,
+        grid: str = "coarser",
     ) -> None:
         self.name = name
         self.kind = kind
@@ -112,6 +114,7 @@ class TargetMaker:
         self.patch_size = patch_size
         self.micro_batch = micro_batch
         self.device = device
+        self.grid = grid
         self._standardizers: dict[str, Standardizer] = {}
         self._mean = torch.tensor(teacher.mean, device=device).view(1, 3, 1, 1)
         self._std = torch.tensor(teacher.std, device=device).view(1, 3, 1, 1)
@@ -124,12 +127,9 @@ class TargetMaker:
             self.kind, teacher.fingerprint, teacher.summary_dim, teacher.feature_dim
         )
 
-    def view_size(self, partition: PartitionSpec) -> int:
-        """Return the side in pixels at which this teacher reads a partition's views."""
-        mode = partition.modes[self.name]
-        if mode == "match":
-            return partition.image_size // self.patch_size * self.teacher.stride
-        return self.teacher.native_size if mode == "native" else partition.image_size
+    def shown(self, partition: PartitionSpec) -> Shown:
+        """Return what a view mode needs to know of a partition and this teacher."""
+        return Shown(self.teacher, self._forward, partition, self.patch_size)
 
     @torch.inference_mode()
     def __call__(self, partition: PartitionSpec, request: Request) -> CodedTarget:
@@ -140,20 +140,16 @@ class TargetMaker:
         """
         started = time.perf_counter()
         reader = self.readers[request.split]
-        views = reader.batch(partition.views, self.view_size(partition))
-        pixels = self._normalise(views.pixels)
-        if partition.modes[self.name] == "mosaic":
-            output = self._forward_mosaic(pixels, partition)
-        else:
-            output = self._forward(pixels)
+        mode, shown = VIEW_MODES[partition.modes[self.name]], self.shown(partition)
+        views = reader.batch(partition.views, mode.side(shown))
+        output = mode.run(shown, self._normalise(views.pixels))
         self._refuse_nan(output, views.keys)
-        side = partition.image_size // self.patch_size
         features = self._standardize(output.features.float(), request)
-        grid = coarser(_grid(features), (side, side))
+        grid = GRIDS[self.grid](_grid(features), (shown.student_side, shown.student_side))
         features = to_grid(features, grid)
         valid = np.ones((len(views.keys), *grid), dtype=bool)
         summary = None
-        if output.summary is not None and partition.modes[self.name] != "mosaic":
+        if output.summary is not None:
             summary = codec.encode(output.summary.float().cpu(), request.summary_codec)
         coded = codec.encode(features.cpu(), request.codec)
         seconds = time.perf_counter() - started
@@ -167,13 +163,6 @@ class TargetMaker:
         features = torch.cat([output.features for output in outputs])
         summaries = [output.summary for output in outputs if output.summary is not None]
         return TeacherOutput(torch.cat(summaries) if summaries else None, features)
-
-    def _forward_mosaic(
-        self, pixels: Float[Tensor, "b 3 h w"], partition: PartitionSpec
-    ) -> TeacherOutput:
-        mosaic = Mosaic(self.teacher.native_size, partition.image_size, self.teacher.stride)
-        canvases = self._forward(mosaic.place(pixels))
-        return TeacherOutput(None, mosaic.split(canvases.features, len(pixels)))
 
     def _refuse_nan(self, output: TeacherOutput, keys: tuple[str, ...]) -> None:
         named = {"features": output.features, "summary": output.summary}
@@ -229,6 +218,7 @@ def build_target_maker(
         config.student.patch_size,
         config.data.micro_batch,
         device,
+        config.losses.grid,
     )
 
 

@@ -30,7 +30,9 @@ def report_pictures(
     held_out = plan.held_out(num_samples, num_samples, request.standardizers)
     largest = max(held_out, key=lambda partition: partition.image_size)
     chosen = [largest.views[at * num_samples // count] for at in range(min(count, num_samples))]
-    spec = StepSpec(0, 0, 0, (replace(largest, views=tuple(chosen)),))
+    spec = StepSpec(
+        0, 0, 0, (replace(largest, views=tuple(chosen), order=tuple(range(len(chosen)))),)
+    )
     batch = next(iter(stream.read([spec], request, incarnation))).partitions[0]
     student.eval()
     outputs = student(batch.images.to(device))

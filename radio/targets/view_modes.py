@@ -1,0 +1,116 @@
+"""How a teacher is shown a partition's views, one function per mode.
+
+A mode says at which side in px the views are read for a teacher, and how the teacher's features of
+each view come out of its forward passes. Whatever is put together for a pass (canvas, tiles) is
+taken apart again here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from radio.data.mosaic import Mosaic
+from radio.data.plan import PartitionSpec
+from teachers import Teacher, TeacherOutput
+
+Pixels = Float[Tensor, "b 3 side side"]
+Forward = Callable[[Pixels], TeacherOutput]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a mode works on: a teacher, its batched forward, a partition, the student's patch."""
+
+    teacher: Teacher
+    forward: Forward
+    partition: PartitionSpec
+    patch_size: int
+
+    @property
+    def student_side(self) -> int:
+        """Positions along a side of the student's grid."""
+        return self.partition.image_size // self.patch_size
+
+    @property
+    def tiles(self) -> int:
+        """Native tiles along a side that cover at least the student's pixels."""
+        return -(-self.partition.image_size // self.teacher.native_size)
+
+
+@dataclass(frozen=True)
+class ViewMode:
+    """`side` in px at which views are read, and `run` from normalised views to features."""
+
+    side: Callable[[Shown], int]
+    run: Callable[[Shown, Pixels], TeacherOutput]
+
+
+def _native_side(shown: Shown) -> int:
+    return shown.teacher.native_size
+
+
+def _student_pixels(shown: Shown) -> int:
+    return shown.partition.image_size
+
+
+def _alone(shown: Shown, pixels: Pixels) -> TeacherOutput:
+    """A view is an image of the teacher's."""
+    return shown.forward(pixels)
+
+
+def _mosaic(shown: Shown, pixels: Pixels) -> TeacherOutput:
+    """k x k views share a canvas, in the step's own order; no summary (RADIOv2.5, 2412.07679)."""
+    teacher, order = shown.teacher, list(shown.partition.order)
+    mosaic = Mosaic(teacher.native_size, shown.partition.image_size, teacher.stride)
+    output = shown.forward(mosaic.place(pixels[order]))
+    windows = mosaic.split(output.features, len(pixels))
+    features = torch.empty_like(windows)
+    features[order] = windows
+    return TeacherOutput(None, features)
+
+
+def _padded(shown: Shown, pixels: Pixels) -> TeacherOutput:
+    """A view lies alone at the top left of a canvas, zero around it (PHI-S, 2410.01680, A.7)."""
+    teacher = shown.teacher
+    mosaic = Mosaic(teacher.native_size, shown.partition.image_size, teacher.stride, per_side=1)
+    output = shown.forward(mosaic.place(pixels))
+    return TeacherOutput(output.summary, mosaic.split(output.features, len(pixels)))
+
+
+def _tiled(shown: Shown, pixels: Pixels) -> TeacherOutput:
+    """k x k native tiles of a view, their features side by side; no summary sees the whole view.
+
+    What a fixed-size teacher is made to do at high resolution; it loses the global context and the
+    scale equivariance (RADIOv2.5, finding 1).
+    """
+    k = shown.tiles
+    b, c, height, width = pixels.shape
+    cut = pixels.reshape(b, c, k, height // k, k, width // k).permute(0, 2, 4, 1, 3, 5)
+    features = shown.forward(cut.flatten(0, 2)).features
+    d, h, w = features.shape[1:]
+    joined = features.reshape(b, k, k, d, h, w).permute(0, 3, 1, 4, 2, 5)
+    return TeacherOutput(None, joined.reshape(b, d, k * h, k * w))
+
+
+def _sharpened(shown: Shown, pixels: Pixels) -> TeacherOutput:
+    """Native features, bicubic to the student's grid where that is finer (FeatSharp's baseline)."""
+    output = shown.forward(pixels)
+    side = max(shown.student_side, output.features.shape[-1])
+    features = F.interpolate(output.features.float(), size=(side, side), mode="bicubic")
+    return TeacherOutput(output.summary, features)
+
+
+VIEW_MODES: dict[str, ViewMode] = {
+    "native": ViewMode(_native_side, _alone),
+    "match": ViewMode(lambda shown: shown.student_side * shown.teacher.stride, _alone),
+    "mosaic": ViewMode(_student_pixels, _mosaic),
+    "padded": ViewMode(_student_pixels, _padded),
+    "tiled": ViewMode(lambda shown: shown.tiles * shown.teacher.native_size, _tiled),
+    "sharpened": ViewMode(_native_side, _sharpened),
+}
