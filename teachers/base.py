@@ -19,9 +19,11 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
 
-LAYER_SCALES = ("gamma", "gamma_1", "gamma_2")
+# timm's and segment_anything's names, then transformers'.
+LAYER_SCALES = ("gamma", "gamma_1", "gamma_2", "lambda1")
 POSITIONS_AND_TOKENS = (
     "pos_embed",
+    "position_embeddings",
     "rel_pos_h",
     "rel_pos_w",
     "cls_token",

@@ -15,10 +15,39 @@ from teachers.base import redraw_constants
 CONFIGS = Path(__file__).parents[1] / "configs" / "teacher"
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 SMALL = [name for name in NAMES if name.startswith("demo_") or name == "fake"]
+# Kinds that ship at full size only, in small, for the same contract.
+TINY: dict[str, dict[str, Any]] = {
+    "tiny_sam3": {
+        "kind": "sam3",
+        "options": {
+            "image_size": 112,
+            "patch_size": 14,
+            "width": 64,
+            "mlp_width": 128,
+            "depth": 4,
+            "heads": 2,
+            "window_size": 4,
+            "global_attention": [1, 3],
+            "position_size": 42,
+        },
+    },
+    "tiny_siglip_naflex": {
+        "kind": "siglip_naflex",
+        "options": {
+            "native_size": 96,
+            "patch_size": 16,
+            "width": 64,
+            "mlp_width": 128,
+            "depth": 2,
+            "heads": 2,
+            "position_grid": 4,
+        },
+    },
+}
 
 
 def described(name: str) -> dict[str, Any]:
-    return yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    return TINY.get(name) or yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
 
 
 def built(name: str, seed: int = 0, **overrides: Any) -> Teacher:
@@ -26,7 +55,7 @@ def built(name: str, seed: int = 0, **overrides: Any) -> Teacher:
     return build_teacher(config["kind"], name, config["options"] | overrides, None, seed)
 
 
-@pytest.fixture(scope="module", params=SMALL)
+@pytest.fixture(scope="module", params=[*SMALL, *TINY])
 def teacher(request: pytest.FixtureRequest) -> Teacher:
     return built(request.param)
 
@@ -124,7 +153,27 @@ def test_redraw_leaves_norms_alone():
     assert torch.equal(module.weight, torch.ones(4))
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("leaf", ["gamma", "gamma_1", "lambda1"])
+def test_redraw_draws_every_library_s_layer_scale(leaf: str):
+    module = torch.nn.Module()
+    module.register_parameter(leaf, torch.nn.Parameter(torch.full((64,), 1e-5)))
+    redraw_constants(module, 0)
+    drawn = module.get_parameter(leaf)
+    assert 0.5 <= drawn.min() < drawn.max() <= 1.5
+
+
+@pytest.mark.parametrize("leaf", ["pos_embed", "position_embeddings", "rel_pos_h", "cls_token"])
+def test_redraw_draws_positions_and_tokens_that_are_zero_and_no_others(leaf: str):
+    module = torch.nn.Module()
+    module.register_parameter(leaf, torch.nn.Parameter(torch.zeros(1, 64)))
+    redraw_constants(module, 0)
+    drawn = module.get_parameter(leaf).clone()
+    assert 0.01 < drawn.std() < 0.04
+    redraw_constants(module, 1)
+    assert torch.equal(module.get_parameter(leaf), drawn)
+
+
+@pytest.mark.parametrize("name", [*SMALL, *TINY])
 def test_seed_decides_the_weights_and_nothing_else(name: str):
     torch.manual_seed(5)
     state = torch.get_rng_state()
@@ -171,7 +220,8 @@ def test_fake_takes_any_dims(dim: int | None, stride: int):
 
 
 def test_unknown_kind_lists_the_known():
-    assert kinds() == ["clip", "dinov2", "encoder", "fake", "sam", "siglip"]
+    known = ["clip", "dinov2", "encoder", "fake", "sam", "sam3", "siglip", "siglip_naflex"]
+    assert kinds() == known
     with pytest.raises(ValueError, match=r"unknown kind 'clap'; known kinds: clip, dinov2"):
         build_teacher("clap", "x", {}, None, 0)
 

@@ -145,6 +145,30 @@ def test_dinov3_goes_through_the_same_module(tmp_path: Path):
         assert torch.equal(as_tokens(output.features), tokens[:, 5:])
 
 
+@torch.no_grad()
+def test_dinov3_reads_meta_s_layout_with_the_biases_of_q_and_v(tmp_path: Path):
+    small = {"embed_dim": 96, "depth": 2, "num_heads": 3, "img_size": 64}
+    name = "vit_base_patch16_dinov3_qkvb"
+    vit = shaken(timm.create_model(name, num_classes=0, dynamic_img_size=True, **small))
+    state = {"mask_token": torch.zeros(1, 96), "rope_embed.periods": torch.zeros(8)}
+    for key, value in vit.state_dict().items():
+        renamed = key.replace("reg_token", "storage_tokens")
+        for number in (1, 2):
+            renamed = renamed.replace(f"gamma_{number}", f"ls{number}.gamma")
+        state[renamed] = value
+    for block in range(2):
+        at = f"blocks.{block}.attn."
+        q, v = (state.pop(f"{at}{part}_bias") for part in "qv")
+        state[f"{at}qkv.bias"] = torch.cat([q, torch.zeros(96), v])
+        state[f"{at}qkv.bias_mask"] = torch.ones(3 * 96)
+    torch.save(state, tmp_path / "meta.pth")
+    options = {"model": name, "native_size": 64} | small
+    output = build_teacher("dinov2", "v3", options, str(tmp_path / "meta.pth"), 0)(pixels(64))
+    tokens = vit.forward_features(pixels(64))
+    assert torch.equal(output.summary, tokens[:, 0])
+    assert torch.equal(as_tokens(output.features), tokens[:, 5:])
+
+
 def sam_encoder() -> nn.Module:
     """Build the encoder as segment_anything's own `build_sam` does, in small."""
     return shaken(
