@@ -25,6 +25,7 @@ from radio.training.losses import (
     hybrid_loss,
     mse_loss,
     smooth_l1_loss,
+    token_similarity_loss,
     weighted_mean,
 )
 
@@ -68,29 +69,40 @@ SUMMARY_ORACLES: dict[str, Callable[[Array, Array], float]] = {
     "cosine": lambda x, y: 1 - cosine_of(x, y),
     "angle": lambda x, y: angle_of(x, y) ** 2 / (math.pi**2 / 4),
 }
-POSITION_ORACLES: dict[str, Callable[[Array, Array], float]] = {
-    "mse": mse_of,
-    "smooth_l1": smooth_l1_of,
-    "cosine": lambda x, y: 1 - cosine_of(x, y),
-    "hybrid": lambda x, y: 0.9 * (1 - cosine_of(x, y)) + 0.1 * smooth_l1_of(x, y),
+
+
+def mean_of(position: Callable[[Array, Array], float]) -> Callable[[Array, Array], float]:
+    return lambda x, y: float(np.mean([position(p, t) for p, t in zip(x, y, strict=True)]))
+
+
+def token_similarity_of(x: Array, y: Array) -> float:
+    pairs = [(i, j) for i in range(len(x)) for j in range(len(x))]
+    return float(np.mean([(cosine_of(x[i], x[j]) - cosine_of(y[i], y[j])) ** 2 for i, j in pairs]))
+
+
+# What a view costs, from the features [positions, channels] at its valid positions
+VIEW_ORACLES: dict[str, Callable[[Array, Array], float]] = {
+    "mse": mean_of(mse_of),
+    "smooth_l1": mean_of(smooth_l1_of),
+    "cosine": mean_of(lambda x, y: 1 - cosine_of(x, y)),
+    "hybrid": mean_of(lambda x, y: 0.9 * (1 - cosine_of(x, y)) + 0.1 * smooth_l1_of(x, y)),
+    "token_similarity": token_similarity_of,
 }
 
 
 def features_oracle(
-    position: Callable[[Array, Array], float], predicted: Tensor, target: Tensor, valid: Tensor
+    view_oracle: Callable[[Array, Array], float], predicted: Tensor, target: Tensor, valid: Tensor
 ) -> list[float]:
-    x, y = predicted.double().numpy(), target.double().numpy()
-    losses = []
-    for view, keep in enumerate(valid.numpy()):
-        places = np.argwhere(keep)
-        each = [position(x[view, :, i, j], y[view, :, i, j]) for i, j in places]
-        losses.append(float(np.mean(each)) if each else 0.0)
-    return losses
+    x, y = (maps.double().permute(0, 2, 3, 1).numpy() for maps in (predicted, target))
+    return [
+        view_oracle(x[view][keep], y[view][keep]) if keep.any() else 0.0
+        for view, keep in enumerate(valid.numpy())
+    ]
 
 
 def test_every_row_has_an_oracle() -> None:
     assert SUMMARY_ORACLES.keys() == SUMMARY_LOSSES.keys()
-    assert POSITION_ORACLES.keys() == FEATURE_LOSSES.keys()
+    assert VIEW_ORACLES.keys() == FEATURE_LOSSES.keys()
 
 
 @pytest.mark.parametrize("name", SUMMARY_LOSSES)
@@ -111,7 +123,7 @@ def test_summary_losses_follow_their_oracles(name: str, b: int, c: int, seed: in
 @given(sizes=SIZES, seed=SEEDS)
 def test_feature_losses_follow_their_oracles(name: str, sizes: tuple[int, ...], seed: int) -> None:
     x, y, valid = maps(sizes, seed)
-    expected = features_oracle(POSITION_ORACLES[name], x, y, valid)
+    expected = features_oracle(VIEW_ORACLES[name], x, y, valid)
     np.testing.assert_allclose(FEATURE_LOSSES[name](x, y, valid), expected, rtol=1e-5, atol=1e-5)
     exact = FEATURE_LOSSES[name](x.double(), y.double(), valid)
     np.testing.assert_allclose(exact, expected, rtol=1e-10, atol=1e-10)
@@ -285,6 +297,40 @@ def test_narrow_inputs_are_computed_in_float32(dtype: torch.dtype) -> None:
         found = summary_loss(x[..., 0, 0], y[..., 0, 0])
         assert found.dtype == torch.float32
         assert torch.equal(found, summary_loss(x[..., 0, 0].float(), y[..., 0, 0].float()))
+
+
+@pytest.mark.parametrize("name", FEATURE_LOSSES)
+def test_autocast_changes_no_loss(name: str) -> None:
+    x, y, valid = maps((2, 64, 8, 8), 1)
+    expected = FEATURE_LOSSES[name](x, y, valid)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(FEATURE_LOSSES[name](x, y, valid), expected)
+
+
+# Token similarity
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=SEEDS, b=st.integers(1, 3), c=st.integers(2, 12), h=st.integers(1, 4))
+def test_token_similarity_knows_neither_scales_nor_rotations(
+    seed: int, b: int, c: int, h: int
+) -> None:
+    x, y, valid = maps((b, c, h, 3), seed)
+    expected = token_similarity_loss(x, y, valid)
+    scales = 0.1 + normal(b, 1, h, 3, seed=seed + 3).abs()
+    torch.testing.assert_close(token_similarity_loss(scales * x, y, valid), expected)
+    rotation = torch.linalg.qr(normal(c, c, seed=seed + 4).double())[0].float()
+    turned = torch.einsum("dc,bchw->bdhw", rotation, x)
+    torch.testing.assert_close(token_similarity_loss(turned, y, valid), expected)
+    assert token_similarity_loss(turned, x, valid).max() < 1e-10
+
+
+def test_known_relations_have_known_losses() -> None:
+    x = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).T.reshape(1, 2, 1, 2)  # two positions, orthogonal
+    y = torch.tensor([[1.0, 0.0], [2.0, 0.0]]).T.reshape(1, 2, 1, 2)  # two of one direction
+    both = torch.ones(1, 1, 2, dtype=torch.bool)
+    # Of four pairs, the two of a position with itself agree and the two others differ by 1.
+    torch.testing.assert_close(token_similarity_loss(x, y, both), torch.tensor([0.5]))
 
 
 # Weighing views

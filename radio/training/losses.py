@@ -28,7 +28,7 @@ SMALLEST_NORM = 1e-6
 
 def cosine_loss(predicted: Summaries, target: Summaries) -> PerView:
     """1 - cos(x, y) (AM-RADIO 2312.06709, section 3); 1 where a vector is zero."""
-    return 1 - (_unit(_wide(predicted), -1) * _unit(_wide(target), -1)).sum(-1)
+    return 1 - (_unit(wide(predicted), -1) * _unit(wide(target), -1)).sum(-1)
 
 
 def angle_loss(
@@ -50,14 +50,14 @@ def angle_between(x: Summaries, y: Summaries) -> PerView:
     Theta = 2 atan2(|u - v|, |u + v|) of the unit vectors, exact for small angles and with a
     finite gradient where that of arccos(cos) is infinite.
     """
-    u, v = _unit(_wide(x), -1), _unit(_wide(y), -1)
+    u, v = _unit(wide(x), -1), _unit(wide(y), -1)
     return 2 * torch.atan2(_norm(u - v, -1), _norm(u + v, -1)).squeeze(-1)
 
 
 def angle_dispersion(targets: Summaries) -> Float[Tensor, ""]:
     """Disp = E[Theta(y, mu)^2], mu = E[y] / |E[y]|, in radians squared (C-RADIOv4)."""
-    centre = _wide(targets).mean(0, keepdim=True)
-    return angle_between(_wide(targets), centre.expand(len(targets), -1)).square().mean()
+    centre = wide(targets).mean(0, keepdim=True)
+    return angle_between(wide(targets), centre.expand(len(targets), -1)).square().mean()
 
 
 def mse_loss(predicted: Maps, target: Maps, valid: Valid) -> PerView:
@@ -74,7 +74,7 @@ def smooth_l1_loss(predicted: Maps, target: Maps, valid: Valid) -> PerView:
 
 def cosine_map_loss(predicted: Maps, target: Maps, valid: Valid) -> PerView:
     """Mean over valid positions of 1 - cos between feature vectors."""
-    x, y = (_unit(_masked(_wide(maps), valid), 1) for maps in (predicted, target))
+    x, y = (_unit(_masked(wide(maps), valid), 1) for maps in (predicted, target))
     return _masked_mean(1 - (x * y).sum(1), valid)
 
 
@@ -84,19 +84,33 @@ def hybrid_loss(predicted: Maps, target: Maps, valid: Valid) -> PerView:
     return 0.9 * cosine + 0.1 * smooth_l1_loss(predicted, target, valid)
 
 
+def token_similarity_loss(predicted: Maps, target: Maps, valid: Valid) -> PerView:
+    """Mean over pairs i, j of a view's valid positions of (cos(x_i, x_j) - cos(y_i, y_j))^2.
+
+    DINOv3's Gram anchoring |X X^T - Y Y^T|_F^2 on unit features (2508.10104, section 4), per
+    picture and divided by the number of pairs. It compares relations only: neither the scale of a
+    position nor a rotation common to all has an effect. Takes b (h w)^2 numbers of memory.
+    """
+    with torch.autocast(predicted.device.type, enabled=False):  # it would multiply in bfloat16
+        x, y = (_unit(_masked(wide(maps), valid), 1).flatten(2) for maps in (predicted, target))
+        difference = x.mT @ x - y.mT @ y  # 0 wherever i or j is not valid
+    pairs = valid.sum((1, 2)).square().clamp_min(1)
+    return difference.square().sum((1, 2)) / pairs
+
+
 def weighted_mean(per_example: PerView, num_valid: Shaped[Tensor, " b"]) -> Float[Tensor, ""]:
     """Mean over views weighted by sqrt(valid positions), as RADIO weighs resolutions.
 
     A view without valid positions has no effect; without any at all the mean is 0.
     """
-    values = _wide(per_example)
+    values = wide(per_example)
     weights = num_valid.to(values.dtype).sqrt()
     kept = torch.where(weights > 0, values, torch.zeros_like(values))
     return (kept * weights).sum() / weights.sum().clamp_min(torch.finfo(values.dtype).tiny)
 
 
 def _difference(predicted: Maps, target: Maps, valid: Valid) -> Maps:
-    return _masked(_wide(predicted) - _wide(target), valid)
+    return _masked(wide(predicted) - wide(target), valid)
 
 
 def _masked(maps: Maps, valid: Valid) -> Maps:
@@ -121,7 +135,8 @@ def _norm(x: Tensor, dim: int) -> Tensor:
     return x.square().sum(dim, keepdim=True).clamp_min(tiny).sqrt()
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
+    """Return x in float32, or in float64 if it is that already."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -134,4 +149,5 @@ FEATURE_LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "smooth_l1": smooth_l1_loss,
     "cosine": cosine_map_loss,
     "hybrid": hybrid_loss,
+    "token_similarity": token_similarity_loss,
 }
