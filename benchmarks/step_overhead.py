@@ -30,7 +30,7 @@ from radio.targets.fit import fit, read_fitted
 from radio.targets.stream import LocalStream, Stream
 from radio.targets.target_maker import Request, build_readers
 from radio.targets.view_modes import VIEW_MODES
-from radio.training.distill import student_for
+from radio.training.learner import Learner, student_for
 from radio.training.optim import build_optimizer, learning_rate, set_learning_rate
 from radio.training.step import training_step
 from ray_jobs.demo import demo_config
@@ -124,9 +124,9 @@ def ours(
     config: Config, stream: Stream, plan: Plan, files: dict, steps: int
 ) -> Iterator[tuple[float, float, float]]:
     """Yield (seconds of each step, seconds that the student's own part took, loss)."""
-    student = fresh_student(config, stream)
-    optimizer = build_optimizer(student, config.optimizer)
     device = torch.device("cpu")
+    learner = Learner(config, stream.teachers, device)
+    learner.student.train()
     batches = stream.read((plan(step) for step in range(steps)), Request("train", "bf16", files))
     while True:
         started = time.perf_counter()
@@ -134,7 +134,7 @@ def ours(
         if batch is None:
             return
         arrived = time.perf_counter()
-        losses = training_step(student, optimizer, batch, config, plan, device)
+        losses = training_step(learner, batch, config, plan, device)
         values = torch.stack(list(losses.values())).tolist()
         ended = time.perf_counter()
         yield ended - started, ended - arrived, sum(values)

@@ -74,6 +74,7 @@ class StudentConfig:
     adaptor_depth: int = 2
     init: str | None = None
     precision: str = "float32"
+    damp: float = 0.0  # deviation of the noise on the backbone's weights in a step (DAMP)
 
 
 @dataclasses.dataclass
@@ -113,11 +114,13 @@ class FitConfig:
 
 @dataclasses.dataclass
 class LossConfig:
-    """Names of rows in radio.training.losses."""
+    """Names of rows in radio.training.losses and radio.training.balance."""
 
     summary: str = "cosine"
     feature: str = "mse"
     grid: str = "coarser"  # of the student's and the teacher's, or the larger (AM-RADIO)
+    balance: str = "fixed"
+    balance_options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
@@ -129,6 +132,7 @@ class OptimizerConfig:
     weight_decay: float = 0.02
     warmup_steps: int = 0
     clip_norm: float | None = 1.0
+    ema_decay: float | None = None  # of the averaged student that is then evaluated and fused
 
 
 @dataclasses.dataclass

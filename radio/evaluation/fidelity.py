@@ -16,7 +16,8 @@ from radio.targets.standardize import save_standardizers
 from radio.targets.stream import LocalStream, device_of
 from radio.targets.target_maker import Request, StandardizerFile
 from radio.training.checkpoint import Checkpoint, find_checkpoint
-from radio.training.distill import HELD_OUT_BATCH, student_for
+from radio.training.distill import HELD_OUT_BATCH
+from radio.training.learner import student_for
 from radio.training.metrics import Row, held_out_rows
 
 

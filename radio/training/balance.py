@@ -7,7 +7,7 @@ weights from here carry no gradient and have mean 1, so that a learning rate mea
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -19,6 +19,7 @@ from radio.training.losses import wide
 SMALLEST_MEAN = 1e-6
 
 
+@runtime_checkable
 class Balance(Protocol):
     """Weights for losses by name; all that it remembers is in `state_dict`.
 

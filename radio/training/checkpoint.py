@@ -1,6 +1,6 @@
 """Checkpoints: whole or not there at all.
 
-    checkpoints/step-000120/{model,optimizer,standardizers}.safetensors
+    checkpoints/step-000120/{model,optimizer,standardizers,...}.safetensors
                             state.yaml  config.yaml  SHA256SUMS
 
 A checkpoint is written under a temporary name, synced and renamed, so a folder called `step-*` is
@@ -17,10 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from radio.config import Config, from_yaml, to_yaml
 from radio.errors import RadioError
@@ -28,25 +27,30 @@ from radio.files import save_tensors, sha256_of, sync
 from radio.targets.standardize import Standardizer, load_standardizers, save_standardizers
 
 SUMS = "SHA256SUMS"
+TENSORS = ("model", "optimizer", "ema", "balance")  # the last two where the run has them
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a `step-*` folder holds; `model` is the Student's state dict."""
+    """What a `step-*` folder holds; `tensors` by file: model, optimizer, perhaps ema, balance."""
 
     path: Path
     step: int
-    model: dict[str, Tensor]
+    tensors: dict[str, dict[str, Tensor]]
     standardizers: dict[str, Standardizer]
     config: Config
     state: dict[str, Any]
+
+    @property
+    def model(self) -> dict[str, Tensor]:
+        """The state dict of the student to evaluate and fuse: the average where there is one."""
+        return self.tensors.get("ema", self.tensors["model"])
 
 
 def save_checkpoint(
     folder: Path,
     step: int,
-    student: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    tensors: Mapping[str, Mapping[str, Tensor]],
     standardizers: Mapping[str, Standardizer],
     config: Config,
     state: Mapping[str, Any],
@@ -63,7 +67,7 @@ def save_checkpoint(
     temporary = folder / f".tmp-step-{step:06d}-{os.getpid()}"
     try:
         temporary.mkdir(parents=True)
-        _write(temporary, step, student, optimizer, standardizers, config, state)
+        _write(temporary, step, tensors, standardizers, config, state)
         os.rename(temporary, final)
         sync(folder)
     except (OSError, RuntimeError) as error:  # safetensors reports I/O as its own RuntimeError
@@ -76,15 +80,14 @@ def save_checkpoint(
 def _write(
     folder: Path,
     step: int,
-    student: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    tensors: Mapping[str, Mapping[str, Tensor]],
     standardizers: Mapping[str, Standardizer],
     config: Config,
     state: Mapping[str, Any],
 ) -> None:
-    model = {name: tensor.detach().contiguous() for name, tensor in student.state_dict().items()}
-    save_tensors(model, folder / "model.safetensors")
-    save_tensors(optimizer_tensors(student, optimizer), folder / "optimizer.safetensors")
+    for name, state_dict in tensors.items():
+        contiguous = {key: tensor.contiguous() for key, tensor in state_dict.items()}
+        save_tensors(contiguous, folder / f"{name}.safetensors")
     save_standardizers(folder / "standardizers.safetensors", dict(standardizers), {})
     (folder / "state.yaml").write_text(yaml.safe_dump({"step": step, **state}, sort_keys=False))
     (folder / "config.yaml").write_text(to_yaml(config))
@@ -122,10 +125,11 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise RadioError(f"{path} is no checkpoint folder (expected .../checkpoints/step-000120)")
     check_sums(path)
     state = yaml.safe_load((path / "state.yaml").read_text())
+    names = {file.stem for file in path.glob("*.safetensors")}
     return Checkpoint(
         path,
         int(state["step"]),
-        load_file(path / "model.safetensors"),
+        {name: load_file(path / f"{name}.safetensors") for name in TENSORS if name in names},
         load_standardizers(path / "standardizers.safetensors"),
         from_yaml((path / "config.yaml").read_text()),
         state,
@@ -148,28 +152,6 @@ def find_checkpoint(target: Path) -> Checkpoint:
 def newest_checkpoint(folder: Path) -> Path | None:
     """Return the `step-*` folder with the highest step, or None."""
     return max(folder.glob("step-*"), key=lambda path: path.name, default=None)
-
-
-def optimizer_tensors(student: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the optimizer's state as `<parameter>|<slot>` tensors."""
-    names: dict[Tensor, str] = {parameter: name for name, parameter in student.named_parameters()}
-    return {
-        f"{names[parameter]}|{slot}": value.detach().contiguous()
-        for parameter, slots in optimizer.state.items()
-        for slot, value in slots.items()
-    }
-
-
-def restore(checkpoint: Checkpoint, student: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put a checkpoint's weights and optimizer state back, strictly."""
-    student.load_state_dict(checkpoint.model)
-    tensors = load_file(checkpoint.path / "optimizer.safetensors")
-    parameters = dict(student.named_parameters())
-    for key, value in tensors.items():
-        name, slot = key.rsplit("|", 1)
-        parameter = parameters[name]
-        on = parameter.device if value.ndim else value.device  # step counters stay on the CPU
-        optimizer.state[parameter][slot] = value.to(on)
 
 
 def _prune(folder: Path, keep: int) -> None:

@@ -9,34 +9,31 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from radio.config import Config, check, teachers_of
-from radio.data.plan import Plan, StepSpec, seed_for, training_plan
+from radio.data.plan import Plan, StepSpec, training_plan
 from radio.errors import RadioError
 from radio.progress import ProgressDisplay, told
 from radio.targets.fit import fit, read_fitted
 from radio.targets.standardize import Standardizer
 from radio.targets.stream import LocalStream, StepBatch, Stream, device_of
-from radio.targets.target_maker import Request, StandardizerFile, TeacherFacts
+from radio.targets.target_maker import Request, StandardizerFile
 from radio.training.checkpoint import (
     load_checkpoint,
     newest_checkpoint,
-    restore,
     save_checkpoint,
 )
+from radio.training.learner import Learner
 from radio.training.metrics import Row, describe, held_out_rows
-from radio.training.optim import build_optimizer
 from radio.training.pictures import report_pictures
-from radio.training.refit import refit_adaptor
 from radio.training.report import write_report
 from radio.training.run_folder import RunFolder, open_run
 from radio.training.step import training_step
 from radio.training.stop import StopSignal
-from student.model import Student, TeacherAdaptor, TeacherDims, build_student
 
 log = logging.getLogger("radio.train")
 HELD_OUT_BATCH = 16  # views of a held-out batch; a teacher's micro-batches are inside it
@@ -90,9 +87,7 @@ class _Run:
         torch.set_num_threads(config.threads.student)
         self.device = device_of(config)
         self.plan: Plan = training_plan(config, len(stream.sources["train"]))
-        torch.manual_seed(seed_for(config.seed, "student"))
-        self.student = student_for(config, stream.teachers).to(self.device)
-        self.optimizer = build_optimizer(self.student, config.optimizer)
+        self.learner = Learner(config, stream.teachers, self.device)
         self.files: dict[str, StandardizerFile] = {}  # those in force, by teacher
         self.standardizers: dict[str, Standardizer] = {}
         self.damaged: dict[str, str] = {}
@@ -142,11 +137,8 @@ class _Run:
         """Fit again before a stage; what the adaptors say in the teachers' spaces stays."""
         earlier = dict(self.standardizers)
         self._fit(stage)
-        for name in earlier.keys() & teachers_of(self.config.stages[stage]):
-            adaptor = cast(TeacherAdaptor, self.student.adaptors[name])
-            refit_adaptor(
-                adaptor.features.last, earlier[name], self.standardizers[name], self.optimizer
-            )
+        for name in sorted(earlier.keys() & teachers_of(self.config.stages[stage])):
+            self.learner.refit(name, earlier[name], self.standardizers[name])
 
     def _steps(self, start: int) -> Iterator[int]:
         """Train from step `start` to the end, yielding the number of finished steps."""
@@ -157,12 +149,10 @@ class _Run:
                 self._refit(number)
             request = Request("train", config.codec, dict(self.files))
             specs = (plan(step) for step in steps)
-            self.student.train()
+            self.learner.student.train()
             self._begin_training(max(start, plan.steps_of(number).start))
             for batch in self.stream.read(specs, request, self.incarnation):
-                self.losses = training_step(
-                    self.student, self.optimizer, batch, config, plan, self.device
-                )
+                self.losses = training_step(self.learner, batch, config, plan, self.device)
                 done = batch.step + 1
                 self._count_damage(batch)
                 if done % config.log_every_steps == 0 or done == plan.num_steps:
@@ -226,7 +216,7 @@ class _Run:
             return 0
         checkpoint = load_checkpoint(path)
         self._refuse_other_inputs(checkpoint.state)
-        restore(checkpoint, self.student, self.optimizer)
+        self.learner.load(checkpoint.tensors)
         self.run.cut(checkpoint.step)
         self.incarnation = int(checkpoint.state["incarnation"]) + 1
         self.damaged = dict(checkpoint.state["damaged"])
@@ -261,8 +251,8 @@ class _Run:
             "versions": {"torch": str(torch.__version__)},
         }
         folder, keep = self.run.checkpoints, self.config.checkpoint.keep
-        run = self.student, self.optimizer, self.standardizers, self.config
-        save_checkpoint(folder, step, *run, state, keep)
+        tensors = self.learner.tensors()
+        save_checkpoint(folder, step, tensors, self.standardizers, self.config, state, keep)
 
     def _evaluate(self, step: int) -> list[Row]:
         if "val" not in self.stream.sources:
@@ -274,7 +264,7 @@ class _Run:
         request = Request("val", "float32", dict(self.files))
         batches = self.stream.read(specs, request, self.incarnation)
         rows = held_out_rows(
-            self.student, told(batches, len(specs), self.progress.update), self.device
+            self.learner.result, told(batches, len(specs), self.progress.update), self.device
         )
         self.run.append({"step": step, "held_out": [row.as_dict() for row in rows]})
         return rows
@@ -282,7 +272,7 @@ class _Run:
     def _report(self) -> None:
         request = Request("val", "float32", dict(self.files))
         pictures = report_pictures(
-            self.student, self.stream, self.plan, request, self.incarnation, self.device
+            self.learner.result, self.stream, self.plan, request, self.incarnation, self.device
         )
         write_report(self.run.path, pictures)
 
@@ -292,26 +282,3 @@ class _Run:
             if record["step"] == step and "held_out" in record:
                 return [Row(**row) for row in record["held_out"]]
         return []
-
-
-def student_for(config: Config, teachers: Mapping[str, TeacherFacts], init: bool = True) -> Student:
-    """Build the student of a run: a CLS token per teacher whose summary is matched.
-
-    Without `init` a warm start is not read, since the weights are about to be replaced.
-    """
-    dims = {
-        name: TeacherDims(
-            facts.summary_dim if config.teachers[name].summary_weight else None, facts.feature_dim
-        )
-        for name, facts in teachers.items()
-    }
-    return build_student(
-        size=config.student.size,
-        patch_size=config.student.patch_size,
-        image_size=config.student.image_size,
-        dims=dims,
-        adaptor_hidden=config.student.adaptor_hidden,
-        adaptor_depth=config.student.adaptor_depth,
-        layer_scale=config.student.layer_scale,
-        init=config.student.init if init else None,
-    )

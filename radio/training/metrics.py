@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -78,14 +79,12 @@ def held_out_rows(
     Batches hold one partition each (`Plan.held_out`); targets should travel as float32.
     """
     scores: dict[tuple[str, int, bool], tuple[Fidelity, list[Tensor]]] = {}
-    was_training = student.training
-    student.eval()
-    for batch in batches:
-        for partition in batch.partitions:
-            for merge in sorted({0, partition.merge_per_block}):
-                outputs = student(partition.images.to(device), merge_per_block=merge)
-                _add(scores, partition, outputs, merge > 0)
-    student.train(was_training)
+    with _at_rest(student):
+        for batch in batches:
+            for partition in batch.partitions:
+                for merge in sorted({0, partition.merge_per_block}):
+                    outputs = student(partition.images.to(device), merge_per_block=merge)
+                    _add(scores, partition, outputs, merge > 0)
     return [
         Row(
             teacher,
@@ -96,6 +95,24 @@ def held_out_rows(
         )
         for (teacher, size, merged), (fidelity, cosines) in scores.items()
     ]
+
+
+@contextmanager
+def _at_rest(student: Student) -> Iterator[None]:
+    """Put a student in eval and without gradients, and back.
+
+    A weight that wants none takes another kernel, also in inference mode: without this the low
+    bits would depend on where the student came from.
+    """
+    was_training = student.training
+    wanted = [parameter.requires_grad for parameter in student.parameters()]
+    student.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        student.train(was_training)
+        for parameter, want in zip(student.parameters(), wanted, strict=True):
+            parameter.requires_grad_(want)
 
 
 def _add(

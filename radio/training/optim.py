@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from radio.config import OptimizerConfig
 from radio.errors import RadioError
@@ -52,3 +53,25 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Give every parameter group the step's rate."""
     for group in optimizer.param_groups:
         group["lr"] = rate
+
+
+def optimizer_tensors(student: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return the optimizer's state as `<parameter>|<slot>` tensors."""
+    names: dict[Tensor, str] = {parameter: name for name, parameter in student.named_parameters()}
+    return {
+        f"{names[parameter]}|{slot}": value.detach()
+        for parameter, slots in optimizer.state.items()
+        for slot, value in slots.items()
+    }
+
+
+def load_optimizer(
+    student: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
+) -> None:
+    """Put back what `optimizer_tensors` returned."""
+    parameters = dict(student.named_parameters())
+    for key, value in tensors.items():
+        name, slot = key.rsplit("|", 1)
+        parameter = parameters[name]
+        on = parameter.device if value.ndim else value.device  # step counters stay on the CPU
+        optimizer.state[parameter][slot] = value.to(on)

@@ -7,29 +7,32 @@ teacher's summary and standardized features; the loss of a teacher is the mean o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from radio.config import Config
 from radio.data.plan import Plan, seed_for
 from radio.targets.grid import to_grid
 from radio.targets.stream import PartitionBatch, StepBatch
+from radio.training.balance import Balance
+from radio.training.learner import Learner
 from radio.training.losses import FEATURE_LOSSES, SUMMARY_LOSSES, weighted_mean
 from radio.training.optim import learning_rate, set_learning_rate
-from student.model import Student, StudentOutput
+from radio.training.regularise import damp
+from student.model import Student
+
+PerView = dict[str, tuple[Tensor, Tensor]]  # loss [b] and number of valid positions [b], by name
 
 
 def training_step(
-    student: Student,
-    optimizer: torch.optim.Optimizer,
-    batch: StepBatch,
-    config: Config,
-    plan: Plan,
-    device: torch.device,
+    learner: Learner, batch: StepBatch, config: Config, plan: Plan, device: torch.device
 ) -> dict[str, Tensor]:
     """Take one step of the algorithm and return the unweighted losses, still on the device."""
+    student, optimizer = learner.student, learner.optimizer
     number, stage_step = plan.locate(batch.step)
     stage = config.stages[number]
     torch.manual_seed(seed_for(config.seed, "step", batch.step))
@@ -39,51 +42,36 @@ def training_step(
     # PHI-S trains the heads alone before a stage's targets reach the body (2410.01680, A.7).
     student.backbone.requires_grad_(stage_step >= stage.frozen_trunk_steps)
     half = config.student.precision == "bf16"
-    with torch.autocast(device.type, torch.bfloat16, enabled=half):
-        losses = step_losses(student, batch, config, device)
-    torch.autograd.backward(total_loss(losses, config))
+    with noisy_weights(student, batch.step, config, device):
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            parts = [
+                partition_losses(partition, student, config, device)
+                for partition in batch.partitions
+            ]
+        total = total_loss(parts, learner.balance, batch.step, config)
+        torch.autograd.backward(total)
     if config.optimizer.clip_norm is not None:
         torch.nn.utils.clip_grad_norm_(student.parameters(), config.optimizer.clip_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return {name: loss.detach() for name, loss in losses.items()}
-
-
-def step_losses(
-    student: Student, batch: StepBatch, config: Config, device: torch.device
-) -> dict[str, Tensor]:
-    """Return the step's unweighted losses, `<teacher>/summary` and `<teacher>/features`.
-
-    A teacher's loss is one weighted mean over the views of all partitions, each view weighted
-    by the square root of its valid positions. Nothing here waits for the device.
-    """
-    collected: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    for partition in batch.partitions:
-        outputs = student(partition.images.to(device), merge_per_block=partition.merge_per_block)
-        for name, per_view in partition_losses(partition, outputs, config, device).items():
-            collected.setdefault(name, []).append(per_view)
-    return {
-        name: weighted_mean(
-            torch.cat([losses for losses, _ in parts]), torch.cat([valid for _, valid in parts])
-        )
-        for name, parts in collected.items()
-    }
+    if learner.ema is not None:
+        learner.ema.update(student, batch.step)
+    return {name: loss.detach() for name, loss in averaged(parts).items()}
 
 
 def partition_losses(
-    partition: PartitionBatch,
-    outputs: Mapping[str, StudentOutput],
-    config: Config,
-    device: torch.device,
-) -> dict[str, tuple[Tensor, Tensor]]:
+    partition: PartitionBatch, student: Student, config: Config, device: torch.device
+) -> PerView:
     """Return (loss [b], number of valid positions [b]) by loss name for one partition.
 
-    The student projects first and is then brought to the target's grid: the other order gives
-    other gradients (lineage: cosine 0.79 between them).
+    The names are `<teacher>/summary` and `<teacher>/features`. The student projects first and is
+    then brought to the target's grid: the other order gives other gradients (lineage: cosine 0.79
+    between them). Nothing here waits for the device.
     """
+    outputs = student(partition.images.to(device), merge_per_block=partition.merge_per_block)
     summary_loss = SUMMARY_LOSSES[config.losses.summary]
     feature_loss = FEATURE_LOSSES[config.losses.feature]
-    losses: dict[str, tuple[Tensor, Tensor]] = {}
+    losses: PerView = {}
     for name, target in partition.targets.items():
         output, weights = outputs[name], config.teachers[name]
         valid = target.valid.to(device)
@@ -98,9 +86,47 @@ def partition_losses(
     return losses
 
 
-def total_loss(losses: Mapping[str, Tensor], config: Config) -> Tensor:
-    """Return the weighted sum over teachers that is descended."""
-    weights = {
+def averaged(parts: Sequence[PerView]) -> dict[str, Tensor]:
+    """Return each loss over the views of all partitions.
+
+    A loss is one weighted mean, each view weighted by the square root of its valid positions.
+    """
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {
+        name: weighted_mean(
+            torch.cat([part[name][0] for part in parts if name in part]),
+            torch.cat([part[name][1] for part in parts if name in part]),
+        )
+        for name in names
+    }
+
+
+def total_loss(
+    parts: Sequence[PerView], balance: Balance, step: int, config: Config
+) -> Float[Tensor, ""]:
+    """Return the sum over teachers that is descended, weighted by the user and the balance."""
+    generator = torch.Generator().manual_seed(seed_for(config.seed, "balance", step))
+    weights = loss_weights(config)
+    if balance.per_view:
+        parts = [_balanced_views(part, weights, balance, generator) for part in parts]
+    weighted = {name: weights[name] * loss for name, loss in averaged(parts).items()}
+    if not balance.per_view:
+        factors = balance.weights(weighted, generator)
+        weighted = {name: factors[name] * loss for name, loss in weighted.items()}
+    return torch.stack(list(weighted.values())).sum()
+
+
+def _balanced_views(
+    part: PerView, weights: Mapping[str, float], balance: Balance, generator: torch.Generator
+) -> PerView:
+    weighted = {name: weights[name] * loss for name, (loss, _) in part.items()}
+    factors = balance.weights(weighted, generator)
+    return {name: (factors[name] * loss, valid) for name, (loss, valid) in part.items()}
+
+
+def loss_weights(config: Config) -> dict[str, float]:
+    """Return the user's weight of every loss by its name."""
+    return {
         f"{name}/{what}": weight
         for name, teacher in config.teachers.items()
         for what, weight in (
@@ -108,4 +134,13 @@ def total_loss(losses: Mapping[str, Tensor], config: Config) -> Tensor:
             ("features", teacher.feature_weight),
         )
     }
-    return torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()
+
+
+def noisy_weights(
+    student: Student, step: int, config: Config, device: torch.device
+) -> AbstractContextManager[None]:
+    """Return the block in which the backbone's weights carry the step's noise, if any (DAMP)."""
+    if not config.student.damp:
+        return nullcontext()
+    generator = torch.Generator(device).manual_seed(seed_for(config.seed, "damp", step))
+    return damp(student.backbone, config.student.damp, generator)

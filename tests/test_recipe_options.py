@@ -1,0 +1,110 @@
+"""Options of the recipe inside real runs: each changes what it should, resumes, and averages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from test_distill import DyingStream, Killed, losses_of, rows_of
+from test_stages import two_stages
+from tiny import tiny_config
+
+from radio.config import Config, check
+from radio.encoder.fuse import weights_of
+from radio.errors import RadioError
+from radio.evaluation.evaluate import evaluate
+from radio.training.balance import BALANCES
+from radio.training.checkpoint import find_checkpoint
+from radio.training.distill import distill
+from radio.training.learner import build_balance
+from radio.training.losses import FEATURE_LOSSES, SUMMARY_LOSSES
+
+
+def with_options(config: Config, **options: object) -> Config:
+    """Set `section__key` options."""
+    for name, value in options.items():
+        section, key = name.split("__")
+        setattr(getattr(config, section), key, value)
+    check(config)
+    return config
+
+
+OPTIONS: dict[str, dict[str, object]] = {
+    "damp": {"student__damp": 0.1},
+    "ada_loss": {"losses__balance": "ada_loss"},
+    "teacher_dropping": {"losses__balance": "teacher_dropping"},
+    "ema": {"optimizer__ema_decay": 0.9},
+    **{f"feature_{name}": {"losses__feature": name} for name in FEATURE_LOSSES if name != "mse"},
+    **{f"summary_{name}": {"losses__summary": name} for name in SUMMARY_LOSSES if name != "cosine"},
+    "larger": {"losses__grid": "larger"},
+}
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return distill(tiny_config(tmp_path_factory.mktemp("plain"), steps=3)).out
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_an_option_changes_what_it_should_and_resumes_exactly(
+    name: str, plain: Path, tmp_path: Path
+) -> None:
+    config = with_options(tiny_config(tmp_path, steps=3), **OPTIONS[name])
+    config.checkpoint.every_steps = 1
+    with pytest.raises(Killed), DyingStream(config, at=2) as stream:
+        distill(config, stream)
+    distill(config)
+    whole = with_options(tiny_config(tmp_path / "whole", steps=3), **OPTIONS[name])
+    distill(whole)
+    assert losses_of(config.out) == losses_of(whole.out)
+    assert rows_of(config.out) == rows_of(whole.out)
+    same_start = losses_of(whole.out)[0] == losses_of(plain)[0]
+    same_end = losses_of(whole.out)[2] == losses_of(plain)[2]
+    if name == "ema":  # the student learns as it did; another is measured
+        assert same_start and same_end and rows_of(whole.out)[1] != rows_of(plain)[1]
+    elif name in BALANCES:  # the first losses are the same, their weights are not
+        assert same_start and not same_end
+    else:
+        assert not same_start and not same_end
+
+
+def test_the_average_is_what_is_evaluated_and_fused(tmp_path: Path) -> None:
+    config = with_options(tiny_config(tmp_path, steps=3), optimizer__ema_decay=0.9)
+    out = distill(config).out
+    checkpoint = find_checkpoint(out)
+    key = "backbone.blocks.3.attn.qkv.weight"
+    assert not torch.equal(checkpoint.tensors["ema"][key], checkpoint.tensors["model"][key])
+    fused = weights_of(checkpoint).backbone["blocks.3.attn.qkv.weight"]
+    assert torch.equal(fused, checkpoint.tensors["ema"][key])
+    assert evaluate(out)["details"]["rows"] == rows_of(out)[-1]["held_out"]
+
+
+def test_an_average_follows_a_refit(tmp_path: Path) -> None:
+    """At the first step of a stage the average still says the same in the teacher's space."""
+    config = with_options(two_stages(tmp_path), optimizer__ema_decay=0.5)
+    config.checkpoint.every_steps, config.checkpoint.keep = 1, 9
+    out = distill(config).out
+    before, after = (
+        find_checkpoint(out / "checkpoints" / f"step-{n:06d}").standardizers["words"]
+        for n in (3, 4)
+    )
+    assert not torch.equal(before.matrix, after.matrix)
+    key = "adaptors.words.features.final.2.weight"
+    old, new = (
+        find_checkpoint(out / "checkpoints" / f"step-{n:06d}").tensors["ema"][key].double()
+        for n in (3, 4)
+    )
+    moved = (after.inverse @ new - before.inverse @ old).norm() / (before.inverse @ old).norm()
+    stayed = (new - old).norm() / old.norm()
+    assert moved < 0.1 < stayed, "one step of learning, not another space"
+
+
+def test_unknown_balances_and_options_are_named(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    config.losses.balance = "luck"
+    with pytest.raises(RadioError, match="'luck'; known: fixed, ada_loss, teacher_dropping"):
+        build_balance(config)
+    config.losses.balance, config.losses.balance_options = "ada_loss", {"momentun": 0.9}
+    with pytest.raises(RadioError, match=r"balance_options do not fit 'ada_loss'.*momentun"):
+        build_balance(config)
