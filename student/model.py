@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from student.adaptors import MlpAdaptor
+from student.adaptors import MlpAdaptor, feature_adaptor, upsampled
+from student.spectral import spectral_reparametrise
 from student.timm_backbone import load_timm
 from student.vit import SIZES, VisionTransformer, VitOutput
+from student.windows import NUM_GLOBAL
+
+Value = TypeVar("Value", int, str)
 
 REGISTER_MULTIPLE = 8  # CLS rows and registers together; keeps sequences aligned, as NVIDIA does
 
@@ -25,7 +30,10 @@ class TeacherDims:
 
 @dataclass(frozen=True)
 class StudentOutput:
-    """One teacher's prediction: `summary` [B, c] or None, `features` [B, d, h/p, w/p]."""
+    """One teacher's prediction: `summary` [B, c] or None, `features` [B, d, u h/p, u w/p].
+
+    u is the upsampling of the teacher's adaptor, 1 unless asked for.
+    """
 
     summary: Float[Tensor, "batch c"] | None
     features: Float[Tensor, "batch d rows columns"]
@@ -37,27 +45,42 @@ class TeacherAdaptor(nn.Module):
     summary: MlpAdaptor | None
 
     def __init__(
-        self, width: int, dims: TeacherDims, cls_row: int | None, hidden: int | None, depth: int
+        self,
+        width: int,
+        dims: TeacherDims,
+        cls_row: int | None,
+        hidden: int | None,
+        depth: int,
+        kind: str = "mlp",
+        upsample: int = 1,
     ) -> None:
         super().__init__()
+        if upsample < 1:
+            raise ValueError(f"upsample is {upsample}, expected 1 (off) or more.")
         if (cls_row is None) != (dims.summary_dim is None):
             raise ValueError(f"CLS row {cls_row} does not go with summary_dim {dims.summary_dim}.")
         self.cls_row = cls_row
+        self.upsample = upsample
         self.summary = (
             None if dims.summary_dim is None else MlpAdaptor(width, dims.summary_dim, hidden, depth)
         )
-        self.features = MlpAdaptor(width, dims.feature_dim, hidden, depth)
+        self.features = feature_adaptor(kind, width, dims.feature_dim * upsample**2, hidden, depth)
 
     def forward(self, output: VitOutput) -> StudentOutput:
         """Predict the teacher's (standardized) summary and features from the backbone's tokens."""
-        features = self.features(output.features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        features = self.features(output.features.permute(0, 2, 3, 1))
+        features = upsampled(features, self.upsample).permute(0, 3, 1, 2)
         if self.summary is None or self.cls_row is None:
             return StudentOutput(None, features)
         return StudentOutput(self.summary(output.cls[:, self.cls_row]), features)
 
 
 class Student(nn.Module):
-    """A backbone and its teachers' heads; CLS row i belongs to the i-th teacher with a summary."""
+    """A backbone and its teachers' heads; CLS row i belongs to the i-th teacher with a summary.
+
+    `adaptor_kind` (mlp or attention) and `upsample` of the feature adaptors are one value for all
+    teachers, or values by name (mlp and 1 for a teacher that is not named).
+    """
 
     def __init__(
         self,
@@ -65,6 +88,8 @@ class Student(nn.Module):
         dims: Mapping[str, TeacherDims],
         adaptor_hidden: int | None = None,
         adaptor_depth: int = 2,
+        adaptor_kind: str | Mapping[str, str] = "mlp",
+        upsample: int | Mapping[str, int] = 1,
     ) -> None:
         super().__init__()
         with_summary = [name for name, dim in dims.items() if dim.summary_dim is not None]
@@ -75,20 +100,44 @@ class Student(nn.Module):
             )
         self.backbone = backbone
         self.adaptors = nn.ModuleDict()
+        kinds = by_teacher("adaptor_kind", adaptor_kind, dims, "mlp")
+        factors = by_teacher("upsample", upsample, dims, 1)
         for name, dim in dims.items():
             row = with_summary.index(name) if name in with_summary else None
             self.adaptors[name] = TeacherAdaptor(
-                backbone.width, dim, row, adaptor_hidden, adaptor_depth
+                backbone.width,
+                dim,
+                row,
+                adaptor_hidden,
+                adaptor_depth,
+                kinds[name],
+                factors[name],
             )
 
     def forward(
         self,
         images: UInt8[Tensor, "batch 3 h w"] | Float[Tensor, "batch 3 h w"],
         merge_per_block: int = 0,
+        window: int | None = None,
     ) -> dict[str, StudentOutput]:
         """Return every teacher's prediction for uint8 images or floats in [0, 1]."""
-        output = self.backbone(images, merge_per_block)
+        output = self.backbone(images, merge_per_block, window)
         return {name: adaptor(output) for name, adaptor in self.adaptors.items()}
+
+
+def by_teacher(
+    option: str, value: Value | Mapping[str, Value], teachers: Iterable[str], default: Value
+) -> dict[str, Value]:
+    """Return each teacher's value of an option; ValueError for a name that is no teacher's."""
+    names = list(teachers)
+    if not isinstance(value, Mapping):
+        return dict.fromkeys(names, value)
+    unknown = sorted(set(value) - set(names))
+    if unknown:
+        raise ValueError(
+            f"{option} names {', '.join(unknown)}, which is no teacher; known: {', '.join(names)}."
+        )
+    return {name: value.get(name, default) for name in names}
 
 
 def num_registers_for(num_cls: int) -> int:
@@ -109,6 +158,13 @@ def build_student(
     adaptor_depth: int = 2,
     layer_scale: float | None = None,
     init: str | None = None,
+    drop_path: float = 0.0,
+    checkpointing: bool = False,
+    spectral: bool = False,
+    num_windowed: int | None = None,
+    num_global: int = NUM_GLOBAL,
+    adaptor_kind: str | Mapping[str, str] = "mlp",
+    upsample: int | Mapping[str, int] = 1,
 ) -> Student:
     """Build a student of a named size; `init` is a timm ViT's name or weight file, or None.
 
@@ -124,7 +180,14 @@ def build_student(
         num_cls=num_cls,
         num_registers=num_registers_for(num_cls),
         layer_scale=layer_scale,
+        drop_path=drop_path,
+        checkpointing=checkpointing,
+        num_windowed=num_windowed,
+        num_global=num_global,
     )
     if init is not None:
         load_timm(backbone, init)
-    return Student(backbone, dims, adaptor_hidden, adaptor_depth)
+    student = Student(backbone, dims, adaptor_hidden, adaptor_depth, adaptor_kind, upsample)
+    if spectral:
+        spectral_reparametrise(student)  # last: it starts from the weights that are there
+    return student

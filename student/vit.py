@@ -5,15 +5,19 @@ Upstream: NVlabs/RADIO `vit_patch_generator.py`, `cls_token.py`; timm's ViT bloc
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
+from timm.layers import DropPath
 from torch import Tensor, nn
 
+from student.depth import checkpointed, drop_path_rates
 from student.positions import eval_positions, train_positions
 from student.token_merging import BlockMerging, unmerge
+from student.windows import NUM_GLOBAL, check_window, through_windows, windowed_blocks
 
 EPS = 1e-6
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -163,11 +167,18 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(
-        self, tokens: Float[Tensor, "batch tokens width"], merging: BlockMerging | None = None
-    ) -> tuple[Float[Tensor, "batch tokens width"], Float[Tensor, "batch heads tokens head"]]:
-        """Return the attended tokens and the keys (token merging's metric)."""
+        self,
+        tokens: Float[Tensor, "batch tokens width"],
+        merging: BlockMerging | None = None,
+        num_windows: int = 1,
+    ) -> tuple[Float[Tensor, "batch tokens width"], Float[Tensor, "parts heads each head"]]:
+        """Return the attended tokens and the keys (token merging's metric).
+
+        Each of `num_windows` equal parts of the sequence attends to itself alone.
+        """
         batch, count, width = tokens.shape
-        qkv = self.qkv(tokens).reshape(batch, count, 3, self.heads, width // self.heads)
+        parts, each = batch * num_windows, count // num_windows
+        qkv = self.qkv(tokens).reshape(parts, each, 3, self.heads, width // self.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         bias = None if merging is None else merging.key_bias(query.dtype)
         mixed = attention(query, key, value, bias)
@@ -201,9 +212,12 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), merge when asked, x + mlp(norm(x))."""
+    """x + attention(norm(x)), merge when asked, x + mlp(norm(x)).
 
-    def __init__(self, shape: VitShape, layer_scale: float | None) -> None:
+    `drop_path` is the chance that a sample skips a branch in training (timm's DropPath).
+    """
+
+    def __init__(self, shape: VitShape, layer_scale: float | None, drop_path: float = 0.0) -> None:
         super().__init__()
         width = shape.width
         self.norm1 = nn.LayerNorm(width, eps=EPS)
@@ -215,23 +229,31 @@ class Block(nn.Module):
         if layer_scale is not None:
             self.ls1 = LayerScale(width, layer_scale)
             self.ls2 = LayerScale(width, layer_scale)
+        self.drop_path1 = DropPath(drop_path)
+        self.drop_path2 = DropPath(drop_path)
 
     def forward(
-        self, tokens: Float[Tensor, "batch tokens width"], merging: BlockMerging | None = None
+        self,
+        tokens: Float[Tensor, "batch tokens width"],
+        merging: BlockMerging | None = None,
+        num_windows: int = 1,
     ) -> Float[Tensor, "batch after width"]:
         """Return the tokens after the block, fewer when merging."""
-        attended, keys = self.attn(self.norm1(tokens), merging)
-        tokens = tokens + self.ls1(attended)
+        attended, keys = self.attn(self.norm1(tokens), merging, num_windows)
+        tokens = tokens + self.drop_path1(self.ls1(attended))
         if merging is not None:
             tokens = merging.step(tokens, keys)
-        out: Tensor = tokens + self.ls2(self.mlp(self.norm2(tokens)))
+        out: Tensor = tokens + self.drop_path2(self.ls2(self.mlp(self.norm2(tokens))))
         return out
 
 
 class VisionTransformer(nn.Module):
     """A ViT for images of any size that is a multiple of the patch; no final norm.
 
-    `image_size` is the side in px of the square that the position table covers.
+    `image_size` is the side in px of the square that the position table covers. `drop_path` is the
+    last block's rate of stochastic depth; `checkpointing` computes the blocks again in the backward
+    instead of keeping their activations; `num_windowed` and `num_global` say which blocks attend
+    within windows when the forward is given a window (student/windows.py).
     """
 
     def __init__(
@@ -243,6 +265,10 @@ class VisionTransformer(nn.Module):
         num_cls: int = 3,
         num_registers: int = 5,
         layer_scale: float | None = None,
+        drop_path: float = 0.0,
+        checkpointing: bool = False,
+        num_windowed: int | None = None,
+        num_global: int = NUM_GLOBAL,
     ) -> None:
         super().__init__()
         if shape.width % shape.heads:
@@ -254,44 +280,78 @@ class VisionTransformer(nn.Module):
         self.image_size = image_size
         self.num_cls = num_cls
         self.num_registers = num_registers
+        self.checkpointing = checkpointing
+        self.is_windowed = windowed_blocks(shape.depth, num_windowed, num_global)
         self.input_conditioner = InputConditioner()
         self.patch_generator = PatchGenerator(
             shape.width, patch_size, image_size // patch_size, num_cls + num_registers
         )
-        self.blocks = nn.ModuleList(Block(shape, layer_scale) for _ in range(shape.depth))
+        self.blocks = nn.ModuleList(
+            Block(shape, layer_scale, rate) for rate in drop_path_rates(drop_path, shape.depth)
+        )
         self.apply(init_linear)
 
     def forward(
         self,
         images: UInt8[Tensor, "batch 3 h w"] | Float[Tensor, "batch 3 h w"],
         merge_per_block: int = 0,
+        window: int | None = None,
     ) -> VitOutput:
         """Encode uint8 images, or floats in [0, 1].
 
         `merge_per_block` patch tokens merge in every block; the features come back on the full
-        grid. ValueError for sizes that are no multiple of the patch.
+        grid. With `window` (patches a side) most blocks attend within windows. ValueError for
+        sizes that are no multiple of the patch or the window, and for both options at once.
         """
-        batch, _, height, width = images.shape
-        for side in (height, width):
+        for side in images.shape[-2:]:
             _check_side(side, self.patch_size)
-        rows, columns = height // self.patch_size, width // self.patch_size
+        rows, columns = (side // self.patch_size for side in images.shape[-2:])
+        if window is not None:
+            check_window(window, (rows, columns), self.patch_size, merge_per_block)
         tokens = self.patch_generator(self.input_conditioner(images))
+        if window is not None:
+            blocks = [functools.partial(self._run_window, block) for block in self.blocks]
+            tokens = through_windows(blocks, self.is_windowed, tokens, (rows, columns), window)
+        else:
+            tokens = self._through_blocks(tokens, merge_per_block)
+        num_prefix = self.num_cls + self.num_registers
+        return VitOutput(
+            tokens[:, : self.num_cls],
+            tokens[:, self.num_cls : num_prefix],
+            tokens[:, num_prefix:].transpose(1, 2).unflatten(2, (rows, columns)),
+        )
+
+    def _through_blocks(
+        self, tokens: Float[Tensor, "batch tokens width"], merge_per_block: int
+    ) -> Float[Tensor, "batch tokens width"]:
+        """Return the tokens after all blocks; patches that merged on the way are copied back."""
+        batch, count, _ = tokens.shape
         num_prefix = self.num_cls + self.num_registers
         merging = None
         if merge_per_block:
             merging = BlockMerging(
-                batch, rows * columns, num_prefix, merge_per_block, tokens.device
+                batch, count - num_prefix, num_prefix, merge_per_block, tokens.device
             )
         for block in self.blocks:
-            tokens = block(tokens, merging)
-        patches = tokens[:, num_prefix:]
-        if merging is not None:
-            patches = unmerge(patches, merging.assignment)
-        return VitOutput(
-            tokens[:, : self.num_cls],
-            tokens[:, self.num_cls : num_prefix],
-            patches.transpose(1, 2).unflatten(2, (rows, columns)),
-        )
+            tokens, merging = self._run(block, tokens, merging)
+        if merging is None:
+            return tokens
+        patches = unmerge(tokens[:, num_prefix:], merging.assignment)
+        return torch.cat([tokens[:, :num_prefix], patches], dim=1)
+
+    def _run(
+        self,
+        block: nn.Module,
+        tokens: Float[Tensor, "batch tokens width"],
+        merging: BlockMerging | None,
+        num_windows: int = 1,
+    ) -> tuple[Float[Tensor, "batch after width"], BlockMerging | None]:
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpointed(block, tokens, merging, num_windows)
+        return block(tokens, merging, num_windows), merging
+
+    def _run_window(self, block: nn.Module, tokens: Tensor, num_windows: int) -> Tensor:
+        return self._run(block, tokens, None, num_windows)[0]
 
 
 def _check_side(side: int, patch_size: int) -> None:

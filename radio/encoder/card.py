@@ -74,7 +74,7 @@ def model_card(weights: EncoderWeights) -> str:
 def _row(name: str, teacher: TeacherHeads) -> str:
     facts: dict[str, Any] = {"kind": "-", "fingerprint": "-", **teacher.facts}
     trained = facts.get("pretrained", facts.get("model", "not stated")) or "seeded, not trained"
-    dims = {kind: str(len(state["final.2.weight"])) for kind, state in teacher.states.items()}
+    dims = {kind: str(teacher.dim(kind)) for kind in teacher.states}
     cells = (
         name,
         facts["kind"],

@@ -15,6 +15,7 @@ from radio.encoder.folder import read_weights
 from radio.encoder.images import Picture, Pixels, Size, batches_of, check_size, pair
 from radio.encoder.weights import EncoderWeights, build_backbone, build_heads
 from radio.errors import RadioError
+from student.adaptors import upsampled
 from student.token_merging import merge_tokens
 
 BATCH = 16  # pictures of a list per forward
@@ -50,6 +51,7 @@ class Encoder(nn.Module):
         self.heads = build_heads(weights.teachers)
         self.summary_rows = list(weights.summary_rows)
         self.cls_rows = {name: teacher.cls_row for name, teacher in weights.teachers.items()}
+        self.upsample = {name: teacher.upsample for name, teacher in weights.teachers.items()}
         self.align_corners = weights.align_corners
         self._left_out = {
             f"{name}:{kind}": why
@@ -78,7 +80,9 @@ class Encoder(nn.Module):
         }
         for name, heads in self.heads.items():
             for kind, head in cast(nn.ModuleDict, heads).items():
-                dims[f"{name}:{kind}"] = cast(nn.Linear, head.last).out_features
+                outputs = cast(nn.Linear, head.last).out_features
+                finer = self.upsample[name] if kind == "features" else 1
+                dims[f"{name}:{kind}"] = outputs // finer**2
         return dims
 
     @property
@@ -93,6 +97,8 @@ class Encoder(nn.Module):
             digest = hashlib.sha256(
                 f"{self.summary_rows}{self.cls_rows}{self.align_corners}".encode()
             )
+            finer = {name: factor for name, factor in self.upsample.items() if factor > 1}
+            digest.update(str(finer or "").encode())
             for key, value in sorted(self.state_dict().items()):
                 digest.update(f"{key}{value.dtype}{list(value.shape)}".encode())
                 digest.update(value.cpu().contiguous().view(torch.uint8).numpy())
@@ -132,7 +138,8 @@ class Encoder(nn.Module):
                 a list of any of these. Tensors keep their size; PIL pictures and files go to the
                 nearest multiple of the patch, aspect kept.
             features: of `feature_names`; summaries come as [B, D], patches as [B, T, D], row by
-                row of `grid(size)`.
+                row of `grid(size)`; [B, u u T, D], row by row of a u times finer grid, where
+                `upsample` says u for a teacher's features.
             size: side, or (height, width), that every picture is resized to first.
             merge_to: merge the backbone's patches to this many tokens before the heads; adds
                 `sizes` [B, K] and `assignment` [B, T] (each patch's token).
@@ -159,12 +166,13 @@ class Encoder(nn.Module):
         device = self.backbone.patch_generator.pos_embed.device
         output = self.backbone(pixels.to(device))
         patches = output.features.flatten(2).transpose(1, 2)
+        grid = (output.features.shape[-2], output.features.shape[-1])
         results: dict[str, Tensor] = {}
         if merge_to is not None:
-            merged = merge_tokens(patches, merge_to, tuple(output.features.shape[-2:]))
+            merged = merge_tokens(patches, merge_to, grid)
             patches = merged.tokens
             results = {"sizes": merged.sizes, "assignment": merged.assignment}
-        values = {name: self._feature(name, output.cls, patches) for name in wanted}
+        values = {name: self._feature(name, output.cls, patches, grid) for name in wanted}
         return {**values, **results}
 
     def check_request(self, features: Sequence[str], merge_to: int | None = None) -> None:
@@ -177,17 +185,29 @@ class Encoder(nn.Module):
                 raise RadioError(f"this encoder cannot give '{name}': {self._left_out[name]}")
             if name not in self.feature_names:
                 raise RadioError(f"unknown feature '{name}'; this encoder has: {known}")
-        if merge_to is not None and merge_to < 1:
+        if merge_to is not None:
+            self._check_merging(features, merge_to)
+
+    def _check_merging(self, features: Sequence[str], merge_to: int) -> None:
+        if merge_to < 1:
             raise RadioError(f"merge_to is {merge_to}; at least 1 token must be left")
-        if merge_to is not None and all(name.endswith("summary") for name in features):
+        if all(name.endswith("summary") for name in features):
             dense = ", ".join(n for n in self.feature_names if n.endswith("features"))
             raise RadioError(f"merge_to merges per-patch features; ask for one of: {dense}")
+        for name in features:
+            finer = self.upsample.get(name.removesuffix(":features"), 1)
+            if name.endswith(":features") and finer > 1:
+                raise RadioError(
+                    f"'{name}' has {finer} x {finer} positions of each patch, which merge_to would "
+                    "take apart; ask for it without merge_to"
+                )
 
     def _feature(
         self,
         name: str,
         cls: Float[Tensor, "batch rows width"],
         patches: Float[Tensor, "batch tokens width"],
+        grid: tuple[int, int],
     ) -> Tensor:
         if name == "summary":
             return cls[:, self.summary_rows].flatten(1)
@@ -196,7 +216,10 @@ class Encoder(nn.Module):
         teacher, kind = name.rsplit(":", 1)
         head = cast(nn.ModuleDict, self.heads[teacher])[kind]
         if kind == "features":
-            return cast(Tensor, head(patches))
+            values: Tensor = head(patches)
+            if self.upsample[teacher] == 1:
+                return values  # any number of tokens: they may have merged
+            return upsampled(values.unflatten(1, grid), self.upsample[teacher]).flatten(1, 2)
         row = self.cls_rows[teacher]
         assert row is not None, "a summary head without a CLS row"
         return cast(Tensor, head(cls[:, row]))

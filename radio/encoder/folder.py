@@ -113,7 +113,8 @@ def _heads(path: Path, states: State, name: str, block: dict[str, Any]) -> Teach
         if dim in block and kind not in present:
             raise RadioError(f"{path / ADAPTORS} lacks the head {name}:{kind}; {AGAIN}")
     row, left_out = block.pop("cls_row", None), block.pop("left_out", {})
-    return TeacherHeads(row, present, left_out, block)
+    upsample = int(block.pop("upsample", 1))
+    return TeacherHeads(row, present, left_out, block, upsample)
 
 
 def _load(path: Path) -> State:
@@ -231,9 +232,10 @@ def config_of(weights: EncoderWeights) -> dict[str, Any]:
 
 
 def _block(teacher: TeacherHeads) -> dict[str, Any]:
-    dims = {DIM_OF[kind]: len(state["final.2.weight"]) for kind, state in teacher.states.items()}
+    dims = {DIM_OF[kind]: teacher.dim(kind) for kind in teacher.states}
+    upsample = {"upsample": teacher.upsample} if teacher.upsample > 1 else {}
     left_out = {"left_out": teacher.left_out} if teacher.left_out else {}
-    return {**teacher.facts, "cls_row": teacher.cls_row, **dims, **left_out}
+    return {**teacher.facts, "cls_row": teacher.cls_row, **dims, **upsample, **left_out}
 
 
 def _vllm_fields(weights: EncoderWeights) -> dict[str, Any]:

@@ -7,19 +7,20 @@ that the encoder gives the teacher's own space. Summaries are not standardized.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from radio.encoder.card import model_card
 from radio.encoder.folder import read_weights, refuse_foreign, write_folder
-from radio.encoder.layout import State, below, clean_backbone, materialise_spectral
+from radio.encoder.layout import State, below, clean_backbone, last_linear, materialise_spectral
 from radio.encoder.weights import EncoderWeights, TeacherHeads, build_backbone, build_heads
 from radio.targets.fold import folded
 from radio.targets.standardize import Standardizer
 from radio.training.checkpoint import Checkpoint, find_checkpoint
 from student.vit import SIZES
-
-LAST = "final.2"  # MlpAdaptor.last in its state dict
 
 
 def fuse(checkpoint: str | Path, out: str | Path) -> Path:
@@ -58,7 +59,8 @@ def weights_of(checkpoint: Checkpoint) -> EncoderWeights:
         if name not in checkpoint.standardizers:
             why = f"no stage before step {checkpoint.step} was matched to it"
             states, left_out = {}, dict.fromkeys(states, why)
-        teachers[name] = TeacherHeads(row, states, left_out, _facts(checkpoint, name))
+        upsample = _upsampling(states, checkpoint.standardizers.get(name))
+        teachers[name] = TeacherHeads(row, states, left_out, _facts(checkpoint, name), upsample)
     num_cls = max(1, num_summaries)
     last_partitions = checkpoint.config.stages[-1].partitions.values()
     return EncoderWeights(
@@ -73,21 +75,36 @@ def weights_of(checkpoint: Checkpoint) -> EncoderWeights:
 
 
 def _heads_of(checkpoint: Checkpoint, name: str) -> dict[str, State]:
-    states = {"features": below(checkpoint.model, f"adaptors.{name}.features.")}
+    heads = materialise_spectral(below(checkpoint.model, f"adaptors.{name}."))
+    states = {"features": below(heads, "features.")}
     if name in checkpoint.standardizers:
         states["features"] = fold_standardizer(states["features"], checkpoint.standardizers[name])
-    summary = below(checkpoint.model, f"adaptors.{name}.summary.")
+    summary = below(heads, "summary.")
     return {"summary": summary, **states} if summary else states
+
+
+def _upsampling(heads: dict[str, State], standardizer: Standardizer | None) -> int:
+    """Return the u of a features' head with (u1 u2 c) outputs; c is the standardizer's."""
+    if standardizer is None or "features" not in heads:
+        return 1
+    features = heads["features"]
+    return math.isqrt(len(features[f"{last_linear(features)}.weight"]) // standardizer.num_channels)
 
 
 def fold_standardizer(head: State, standardizer: Standardizer) -> State:
     """Compose the inverse y = A y' + mu after a head's last Linear, in float64.
 
-    W <- A W, b <- A b + mu; stored float32.
+    W <- A W, b <- A b + mu; stored float32. An upsampling head's outputs are (u1 u2 c), and each
+    of its u x u groups is folded.
     """
     matrix, mean = standardizer.as_linear()
-    weight, bias = folded(head[f"{LAST}.weight"], head[f"{LAST}.bias"], matrix, mean)
-    return {**head, f"{LAST}.weight": weight, f"{LAST}.bias": bias}
+    last = last_linear(head)
+    groups = zip(
+        head[f"{last}.weight"].split(len(mean)), head[f"{last}.bias"].split(len(mean)), strict=True
+    )
+    parts = [folded(weight, bias, matrix, mean) for weight, bias in groups]
+    weights, biases = zip(*parts, strict=True)
+    return {**head, f"{last}.weight": torch.cat(weights), f"{last}.bias": torch.cat(biases)}
 
 
 def _facts(checkpoint: Checkpoint, name: str) -> dict[str, Any]:

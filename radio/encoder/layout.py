@@ -39,6 +39,19 @@ UNSUPPORTED = {
     r"^inner\.|\.w12\.|\.w3\.|embedder\.bias": "a DINOv2-like backbone (SwiGLU, patch bias)",
     r"^(patch_embed|levels)\.": "a convolutional backbone (E-RADIO)",
 }
+# What an attention head consists of, as timm's blocks and an MLP of version 2 name it.
+ATTENTION_HEAD = {
+    f"{part}.{kind}"
+    for block in ("blocks.0.", "blocks.1.")
+    for part in (f"{block}{name}" for name in ("norm1", "norm2", "attn.proj", "mlp.fc1", "mlp.fc2"))
+    for kind in ("weight", "bias")
+}
+ATTENTION_HEAD |= {
+    f"blocks.{i}.{key}" for i in (0, 1) for key in ("attn.qkv.weight", "ls1.gamma", "ls2.gamma")
+}
+ATTENTION_HEAD |= {
+    f"mlp.{part}.{kind}" for part in ("fc1", "final.0", "final.2") for kind in ("weight", "bias")
+}
 SPECTRAL = ".parametrizations.weight."
 SPECTRAL_ALPHA = 0.05  # upstream's floor under the learned spectral norm
 
@@ -153,10 +166,16 @@ def _reweighted(weight: Tensor, factor: State, eps: float) -> Tensor:
     return (exact * (scale / sigma)).to(weight.dtype)
 
 
+def last_linear(head: Mapping[str, Tensor]) -> str:
+    """Return where a head's last Linear lies: `final.2`, or `mlp.final.2` of an attention head."""
+    return "mlp.final.2" if "mlp.final.2.weight" in head else "final.2"
+
+
 def head_problem(state: Mapping[str, Tensor]) -> str | None:
-    """Return why MlpAdaptor cannot hold a head of NVIDIA's, or None when it can (version 2)."""
+    """Return why no adaptor can hold a head of NVIDIA's, or None: MLP version 2 and attention."""
     if "mlp.fc1.weight" in state:
-        return "it is an attention head"
+        strange = sorted(set(state) ^ ATTENTION_HEAD)
+        return f"it is an attention head of another layout ({strange[0]})" if strange else None
     if "pre_norm.0.weight" in state:
         return "its MLP begins with a norm"
     if "fc2.weight" in state:

@@ -51,7 +51,7 @@ UNREADABLE = (
 
 
 def read_pth(path: Path) -> EncoderWeights:
-    """Read a hub checkpoint; heads that MlpAdaptor cannot hold are left out with the reason.
+    """Read a hub checkpoint; heads that no adaptor can hold are left out with the reason.
 
     Raises:
         RadioError: a file of something else, or a backbone that is no plain ViT.
@@ -144,7 +144,7 @@ def _hub_heads(
 def teacher_heads(
     found: Mapping[str, State], cls_row: int, upsampling: int, facts: dict[str, Any]
 ) -> TeacherHeads:
-    """Sort a teacher's heads into those that MlpAdaptor can hold and those left out, with why."""
+    """Sort a teacher's heads into those that an adaptor can hold and those left out, with why."""
     states: dict[str, State] = {}
     left_out: dict[str, str] = {}
     for kind, state in found.items():

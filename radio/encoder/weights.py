@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from radio.encoder.layout import State
+from radio.encoder.layout import State, last_linear
 from radio.errors import RadioError
-from student.adaptors import MlpAdaptor
+from student.adaptors import AttentionAdaptor, MlpAdaptor
 from student.positions import eval_positions
 from student.vit import SIZES, PatchGenerator, VisionTransformer, VitShape
 
@@ -24,16 +24,24 @@ HEADS_OF_WIDTH = {**{shape.width: shape.heads for shape in SIZES.values()}, 1408
 
 @dataclass(frozen=True)
 class TeacherHeads:
-    """One teacher's heads: MlpAdaptor states by "summary" and "features".
+    """One teacher's heads: MlpAdaptor (or AttentionAdaptor) states by "summary" and "features".
 
     `cls_row` is the CLS row that the summary head reads; `left_out` says of each head that the
-    file has but MlpAdaptor cannot hold why; `facts` go into config.json as they are.
+    file has but no adaptor can hold why; `facts` go into config.json as they are. The features'
+    head makes `upsample` x `upsample` positions of each patch.
     """
 
     cls_row: int | None
     states: dict[str, State]
     left_out: dict[str, str] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    upsample: int = 1
+
+    def dim(self, kind: str) -> int:
+        """Return the channels that the head "summary" or "features" gives."""
+        state = self.states[kind]
+        outputs = len(state[f"{last_linear(state)}.weight"])
+        return outputs // self.upsample**2 if kind == "features" else outputs
 
 
 @dataclass(frozen=True)
@@ -152,14 +160,21 @@ def build_heads(teachers: Mapping[str, TeacherHeads]) -> nn.ModuleDict:
     return heads
 
 
-def _build_head(name: str, state: State) -> MlpAdaptor:
-    for key in ("fc1.weight", "final.2.weight"):
+def _build_head(name: str, state: State) -> MlpAdaptor | AttentionAdaptor:
+    last = last_linear(state)
+    start = last.removesuffix("final.2")
+    for key in (f"{start}fc1.weight", f"{last}.weight"):
         if key not in state:
             raise RadioError(f"the head {name} is not whole: '{key}' is missing")
-    hidden, width = state["fc1.weight"].shape
+    hidden, width = state[f"{start}fc1.weight"].shape
+    out = len(state[f"{last}.weight"])
     depth = 2 + len({key.split(".")[1] for key in state if key.startswith("blocks.")})
+    head: MlpAdaptor | AttentionAdaptor
     with torch.device("meta"):
-        head = MlpAdaptor(width, len(state["final.2.weight"]), hidden, depth)
+        if start:
+            head = AttentionAdaptor(width, out, hidden)
+        else:
+            head = MlpAdaptor(width, out, hidden, depth)
     _fill(head, state, f"the head {name}")
     return head
 
