@@ -74,6 +74,12 @@ class StudentConfig:
     adaptor_depth: int = 2
     init: str | None = None
     precision: str = "float32"
+    adaptor_kind: str = "mlp"  # of the feature adaptors: mlp, attention
+    spectral: bool = False  # reparametrise every Linear by its spectral norm
+    drop_path: float = 0.0  # rate of the last block, growing linearly
+    checkpointing: bool = False  # recompute the blocks in the backward
+    num_windowed: int | None = None  # windowed blocks between global ones; else of num_global
+    num_global: int = 4  # global blocks, where a partition has a window
     damp: float = 0.0  # deviation of the noise on the backbone's weights in a step (DAMP)
 
 
@@ -164,6 +170,7 @@ class PartitionConfig:
     views: dict[str, str] = MISSING
     merge_per_block: int | None = None  # null: student.merge_per_block
     image_sizes: list[int] = dataclasses.field(default_factory=list)
+    window: int | None = None  # tokens along a window's side; null: attention is global
 
 
 @dataclasses.dataclass
@@ -323,6 +330,7 @@ def _check_partition(config: Config, where: str, partition: PartitionConfig) -> 
                 f"{where}.{key} has {size}, no multiple of student.patch_size {patch}; "
                 f"the nearest are {low} and {low + patch}"
             )
+    _check_window(config, where, partition)
     if partition.image_sizes and partition.image_size not in partition.image_sizes:
         raise RadioError(
             f"{where}.image_size is {partition.image_size}, the resolution that is measured, but "
@@ -350,6 +358,26 @@ def _check_partition(config: Config, where: str, partition: PartitionConfig) -> 
             raise RadioError(
                 f"{where}.views.{teacher} is 'mosaic', so teachers.{teacher}.summary_weight must "
                 f"be 0 (it is {weight}): a canvas of several views has no summary of one view"
+            )
+
+
+def _check_window(config: Config, where: str, partition: PartitionConfig) -> None:
+    """Refuse a window that does not tile every grid, or that meets token merging."""
+    if partition.window is None:
+        return
+    merge = partition.merge_per_block
+    if config.student.merge_per_block if merge is None else merge:
+        raise RadioError(
+            f"{where}.window goes with no token merging; set {where}.merge_per_block=0, or "
+            f"{where}.window=null"
+        )
+    for size in (partition.image_size, *partition.image_sizes):
+        side = size // config.student.patch_size
+        if partition.window < 1 or side % partition.window:
+            fits = ", ".join(str(w) for w in range(1, side + 1) if side % w == 0)
+            raise RadioError(
+                f"{where}.window is {partition.window}, but {size} px are {side} tokens along a "
+                f"side; windows that fit: {fits}"
             )
 
 

@@ -38,6 +38,10 @@ OPTIONS: dict[str, dict[str, object]] = {
     **{f"feature_{name}": {"losses__feature": name} for name in FEATURE_LOSSES if name != "mse"},
     **{f"summary_{name}": {"losses__summary": name} for name in SUMMARY_LOSSES if name != "cosine"},
     "larger": {"losses__grid": "larger"},
+    "spectral": {"student__spectral": True},
+    "drop_path": {"student__drop_path": 0.3},
+    "checkpointing": {"student__checkpointing": True},
+    "attention": {"student__adaptor_kind": "attention"},
 }
 
 
@@ -63,6 +67,8 @@ def test_an_option_changes_what_it_should_and_resumes_exactly(
     same_end = losses_of(whole.out)[2] == losses_of(plain)[2]
     if name == "ema":  # the student learns as it did; another is measured
         assert same_start and same_end and rows_of(whole.out)[1] != rows_of(plain)[1]
+    elif name == "checkpointing":  # the same numbers, computed twice
+        assert same_start and same_end and rows_of(whole.out) == rows_of(plain)
     elif name in BALANCES:  # the first losses are the same, their weights are not
         assert same_start and not same_end
     else:
@@ -108,3 +114,36 @@ def test_unknown_balances_and_options_are_named(tmp_path: Path) -> None:
     config.losses.balance, config.losses.balance_options = "ada_loss", {"momentun": 0.9}
     with pytest.raises(RadioError, match=r"balance_options do not fit 'ada_loss'.*momentun"):
         build_balance(config)
+
+
+def test_a_window_trains_and_is_refused_where_it_cannot_be(tmp_path: Path, plain: Path) -> None:
+    config = tiny_config(tmp_path, steps=2)
+    high = config.stages[0].partitions["high"]
+    high.window = 2
+    with pytest.raises(RadioError, match=r"high\.window goes with no token merging"):
+        check(config)
+    high.merge_per_block = 0
+    check(config)
+    losses = losses_of(distill(config).out)
+    high.window, config.out = None, str(tmp_path / "global")
+    assert losses != losses_of(distill(config).out)
+    high.window = 3
+    with pytest.raises(
+        RadioError, match="64 px are 4 tokens along a side; windows that fit: 1, 2, 4"
+    ):
+        check(config)
+
+
+def test_a_spectral_student_survives_a_refit(tmp_path: Path) -> None:
+    config = with_options(two_stages(tmp_path), student__spectral=True)
+    config.stages[1].lr = 1e-12  # nothing is learnt: only the space changes
+    config.checkpoint.every_steps, config.checkpoint.keep = 1, 9
+    out = distill(config).out
+    heads = [
+        weights_of(find_checkpoint(out / "checkpoints" / f"step-{step:06d}"))
+        .teachers["words"]
+        .states["features"]["final.2.weight"]
+        for step in (3, 4)
+    ]
+    # One power iteration a step moves the norm's estimate a little.
+    assert (heads[1] - heads[0]).norm() / heads[0].norm() < 0.05

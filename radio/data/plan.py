@@ -66,6 +66,7 @@ class PartitionSpec:
     modes: dict[str, str]
     order: tuple[int, ...]
     merge_per_block: int = 0
+    window: int | None = None
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ class PartitionPlan:
     modes: dict[str, str]
     merge_per_block: int = 0
     image_sizes: tuple[int, ...] = ()
+    window: int | None = None
 
 
 @dataclass(frozen=True)
@@ -214,7 +216,13 @@ def _with_views(
     partition: PartitionPlan, views: tuple[ViewSpec, ...], image_size: int, order: tuple[int, ...]
 ) -> PartitionSpec:
     return PartitionSpec(
-        partition.name, image_size, views, partition.modes, order, partition.merge_per_block
+        partition.name,
+        image_size,
+        views,
+        partition.modes,
+        order,
+        partition.merge_per_block,
+        partition.window,
     )
 
 
@@ -241,6 +249,7 @@ def stage_plans(config: Config) -> list[StagePlan]:
                     if partition.merge_per_block is None
                     else partition.merge_per_block,
                     tuple(partition.image_sizes),
+                    partition.window,
                 )
                 for name, partition in stage.partitions.items()
             ),

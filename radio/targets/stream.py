@@ -51,6 +51,7 @@ class PartitionBatch:
     images: UInt8[Tensor, "b 3 h w"]
     targets: dict[str, Target]
     merge_per_block: int = 0
+    window: int | None = None
 
 
 @dataclass(frozen=True)
@@ -220,6 +221,7 @@ def assemble(
                 views.pixels,
                 {name: _decode(target, request) for name, target in targets.items()},
                 partition.merge_per_block,
+                partition.window,
             )
         )
     return StepBatch(spec.step, tuple(partitions), damaged, wait_seconds, busy)

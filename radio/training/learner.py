@@ -100,4 +100,10 @@ def student_for(config: Config, teachers: Mapping[str, TeacherFacts], init: bool
         adaptor_depth=config.student.adaptor_depth,
         layer_scale=config.student.layer_scale,
         init=config.student.init if init else None,
+        adaptor_kind=config.student.adaptor_kind,
+        spectral=config.student.spectral,
+        drop_path=config.student.drop_path,
+        checkpointing=config.student.checkpointing,
+        num_windowed=config.student.num_windowed,
+        num_global=config.student.num_global,
     )

@@ -83,7 +83,7 @@ def held_out_rows(
         for batch in batches:
             for partition in batch.partitions:
                 for merge in sorted({0, partition.merge_per_block}):
-                    outputs = student(partition.images.to(device), merge_per_block=merge)
+                    outputs = student(partition.images.to(device), merge, partition.window)
                     _add(scores, partition, outputs, merge > 0)
     return [
         Row(

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from radio.config import OptimizerConfig
 from radio.errors import RadioError
 
-NO_DECAY = ("pos_embed", "cls_token.token")  # tables that are added, not multiplied
+# Tables that are added, not multiplied; of a spectral reparametrisation the weight itself, whose
+# norm has no effect: PHI-S decays its scale (2410.01680, A.7).
+NO_DECAY = ("pos_embed", "cls_token.token", "parametrizations.weight.original")
 
 
 def build_optimizer(student: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:

@@ -35,7 +35,7 @@ def report_pictures(
     )
     batch = next(iter(stream.read([spec], request, incarnation))).partitions[0]
     student.eval()
-    outputs = student(batch.images.to(device))
+    outputs = student(batch.images.to(device), window=batch.window)
     keys = [stream.sources["val"].key(view.sample) for view in chosen]
     return [
         Picture(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from radio.targets.fold import folded
 from radio.targets.standardize import Standardizer
@@ -24,7 +25,10 @@ def refit_adaptor(
     matrix = after.matrix @ before.inverse
     shift = after.matrix @ (before.mean - after.mean)
     weight, bias = folded(last.weight, last.bias, matrix, shift)
-    last.weight.copy_(weight)
+    if parametrize.is_parametrized(last, "weight"):
+        last.weight = weight  # through the right inverse of its parametrisation
+    else:
+        last.weight.copy_(weight)
     last.bias.copy_(bias)
-    for parameter in (last.weight, last.bias):
+    for parameter in last.parameters():
         optimizer.state.pop(parameter, None)

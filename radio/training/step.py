@@ -68,7 +68,7 @@ def partition_losses(
     then brought to the target's grid: the other order gives other gradients (lineage: cosine 0.79
     between them). Nothing here waits for the device.
     """
-    outputs = student(partition.images.to(device), merge_per_block=partition.merge_per_block)
+    outputs = student(partition.images.to(device), partition.merge_per_block, partition.window)
     summary_loss = SUMMARY_LOSSES[config.losses.summary]
     feature_loss = FEATURE_LOSSES[config.losses.feature]
     losses: PerView = {}
