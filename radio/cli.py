@@ -260,14 +260,9 @@ def doctor(json_file: JsonFile = None) -> None:
 def _print_plan(config: Any, count: bool = True) -> None:
     """Print the resolved configuration and what the stages would do."""
     from radio.config import to_yaml
+    from radio.training.cost import GPU_TFLOPS, stage_cost
 
     out.print(to_yaml(config), highlight=False, markup=False)
-    if count:
-        from radio.targets.stream import open_sources
-
-        sources = open_sources(config)
-        sizes = ", ".join(f"{len(source)} {split}" for split, source in sources.items())
-        out.print(f"pictures: {sizes}")
     for number, stage in enumerate(config.stages):
         for name, partition in stage.partitions.items():
             views = ", ".join(f"{teacher} {mode}" for teacher, mode in partition.views.items())
@@ -275,6 +270,18 @@ def _print_plan(config: Any, count: bool = True) -> None:
                 f"stage {number}, {stage.steps} steps, partition {name}: "
                 f"{partition.batch} views at {partition.image_size} px; {views}"
             )
+        cost = stage_cost(config, stage)
+        shares = ", ".join(f"{name} {tflop:,.3g}" for name, tflop in cost.teachers.items())
+        out.print(
+            f"stage {number}, TFLOP a step: {shares}, student {cost.student:,.3g}; in all "
+            f"{cost.gpu_hours:,.3g} hours of an A100 at {GPU_TFLOPS:.0f} TFLOP/s"
+        )
+    if count:
+        from radio.targets.stream import open_sources
+
+        sources = open_sources(config)
+        sizes = ", ".join(f"{len(source)} {split}" for split, source in sources.items())
+        out.print(f"pictures: {sizes}")
 
 
 def _print_result(result: Any) -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from tiny import tiny_config
 
-from radio.config import choices, from_yaml, load, load_teacher, to_yaml
+from radio.config import choices, config_dir, from_yaml, load, load_teacher, to_yaml
+from radio.data.plan import training_plan
 from radio.errors import RadioError
 
 LOW = "stages.0.partitions.low"
@@ -14,8 +15,11 @@ VIEWS = f"{LOW}.views"
 
 @pytest.mark.parametrize("name", choices("experiment"))
 def test_every_experiment_composes_and_reads_back(name: str) -> None:
-    config = load([f"experiment={name}"])
+    config = load([f"experiment={name}", "data.train=photos"])
     assert from_yaml(to_yaml(config)) == config
+    header = (config_dir() / "experiment" / f"{name}.yaml").read_text()
+    assert f"experiment={name}" in header, "an experiment opens with its command"
+    training_plan(config, 10**6)  # every view fits its canvas
 
 
 @pytest.mark.parametrize("group", ["student", "data", "cluster"])

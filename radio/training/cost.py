@@ -1,0 +1,75 @@
+"""What a run costs, from the teachers' cards and the student's shape, before anything is built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from radio.config import Config, PartitionConfig, StageConfig
+from radio.data.mosaic import Mosaic
+from radio.errors import RadioError
+from student.vit import SIZES, VitShape
+
+PREFIX_TOKENS = 8  # CLS rows and registers
+TRAINING = 3  # a forward and a backward of twice its cost
+# One A100 in bfloat16 at the 40 % that well-tuned ViT training reaches.
+GPU_TFLOPS = 312 * 0.4
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """TFLOP of one step of a stage, by teacher and of the student, and GPU-hours of all its steps."""
+
+    teachers: dict[str, float]
+    student: float
+    steps: int
+
+    @property
+    def tflop(self) -> float:
+        """Everything in one step."""
+        return self.student + sum(self.teachers.values())
+
+    @property
+    def gpu_hours(self) -> float:
+        """Hours of one A100 at GPU_TFLOPS for the whole stage."""
+        return self.tflop * self.steps / GPU_TFLOPS / 3600
+
+
+def stage_cost(config: Config, stage: StageConfig) -> StageCost:
+    """Return what a stage costs; reading pictures, adaptors and optimizer are not counted."""
+    shape, patch = SIZES.get(config.student.size), config.student.patch_size
+    if shape is None:
+        raise RadioError(f"student.size is '{config.student.size}'; known: {', '.join(SIZES)}")
+    teachers: dict[str, float] = {}
+    student = 0.0
+    for partition in stage.partitions.values():
+        sizes = partition.image_sizes or [partition.image_size]
+        for size in sizes:  # each is drawn as often as the others
+            views = partition.batch / len(sizes)
+            student += TRAINING * views * vit_gflop(shape, size, patch) / 1e3
+            for name in partition.views:
+                cost = views * teacher_gflop(config, name, partition, size) / 1e3
+                teachers[name] = teachers.get(name, 0.0) + cost
+    return StageCost(teachers, student, stage.steps)
+
+
+def teacher_gflop(config: Config, name: str, partition: PartitionConfig, size: int) -> float:
+    """Return a teacher's GFLOP for one view of a partition at `size` px."""
+    card, mode = config.teachers[name].card, partition.views[name]
+    if mode == "match":
+        side = size // config.student.patch_size * card.stride
+        return card.gflops * (side / card.native_size) ** 2  # as if attention grew no faster
+    if mode == "mosaic":
+        return card.gflops / Mosaic(card.native_size, size, card.stride).views_per_canvas
+    if mode == "tiled":
+        return card.gflops * float(-((-size // card.native_size) ** 2))
+    return card.gflops
+
+
+def vit_gflop(shape: VitShape, size: int, patch: int) -> float:
+    """Return a ViT's GFLOP (2 per multiply-add) for one forward of a square picture."""
+    patches = (size // patch) ** 2
+    tokens = patches + PREFIX_TOKENS
+    weights = shape.depth * (4 * shape.width**2 + 2 * shape.width * shape.mlp_hidden)
+    attention = shape.depth * 2 * tokens**2 * shape.width
+    embedding = patches * 3 * patch**2 * shape.width
+    return 2 * (tokens * weights + attention + embedding) / 1e9
