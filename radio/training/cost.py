@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from radio.config import Config, PartitionConfig, StageConfig
@@ -17,7 +18,7 @@ GPU_TFLOPS = 312 * 0.4
 
 @dataclass(frozen=True)
 class StageCost:
-    """TFLOP of one step of a stage, by teacher and of the student, and GPU-hours of all its steps."""
+    """TFLOP of one step of a stage, by teacher and of the student, and the number of its steps."""
 
     teachers: dict[str, float]
     student: float
@@ -61,7 +62,7 @@ def teacher_gflop(config: Config, name: str, partition: PartitionConfig, size: i
     if mode == "mosaic":
         return card.gflops / Mosaic(card.native_size, size, card.stride).views_per_canvas
     if mode == "tiled":
-        return card.gflops * float(-((-size // card.native_size) ** 2))
+        return card.gflops * math.ceil(size / card.native_size) ** 2
     return card.gflops
 
 
