@@ -98,7 +98,10 @@ def test_doctor_names_what_it_looked_at(tmp_path: Path) -> None:
     assert {"python", "torch", "ray", "memory", "disk here"} <= {f["what"] for f in findings}
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL],
+)
 def test_a_stopped_process_resumes_with_the_same_bits(
     number: signal.Signals, tmp_path: Path
 ) -> None:

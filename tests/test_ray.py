@@ -67,6 +67,7 @@ def test_a_killed_teacher_changes_no_bit(running: None, local_run: Path, tmp_pat
     assert losses_of(config.out) == losses_of(local_run)
 
 
+@pytest.mark.slow
 def test_two_replicas_change_no_bit(running: None, local_run: Path, tmp_path: Path) -> None:
     config = tiny_config(tmp_path, steps=10)
     config.cluster.replicas = 2
@@ -110,6 +111,7 @@ def test_a_wrong_ray_address_is_named_as_such(monkeypatch: pytest.MonkeyPatch) -
         raise AssertionError("nothing is there to join")
 
 
+@pytest.mark.slow
 def test_one_process_makes_one_local_cluster_after_another() -> None:
     program = (
         "import ray\n"

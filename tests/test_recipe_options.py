@@ -43,6 +43,8 @@ OPTIONS: dict[str, dict[str, object]] = {
     "checkpointing": {"student__checkpointing": True},
     "attention": {"student__adaptor_kind": "attention"},
 }
+# Those with a state or with random numbers of their own, which a resumed run must find again.
+CARRIED = ("damp", "ada_loss", "teacher_dropping", "ema", "spectral", "drop_path")
 
 
 @pytest.fixture(scope="module")
@@ -54,15 +56,16 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_an_option_changes_what_it_should_and_resumes_exactly(
     name: str, plain: Path, tmp_path: Path
 ) -> None:
-    config = with_options(tiny_config(tmp_path, steps=3), **OPTIONS[name])
-    config.checkpoint.every_steps = 1
-    with pytest.raises(Killed), DyingStream(config, at=2) as stream:
-        distill(config, stream)
-    distill(config)
     whole = with_options(tiny_config(tmp_path / "whole", steps=3), **OPTIONS[name])
     distill(whole)
-    assert losses_of(config.out) == losses_of(whole.out)
-    assert rows_of(config.out) == rows_of(whole.out)
+    if name in CARRIED:
+        config = with_options(tiny_config(tmp_path, steps=3), **OPTIONS[name])
+        config.checkpoint.every_steps = 1
+        with pytest.raises(Killed), DyingStream(config, at=2) as stream:
+            distill(config, stream)
+        distill(config)
+        assert losses_of(config.out) == losses_of(whole.out)
+        assert rows_of(config.out) == rows_of(whole.out)
     same_start = losses_of(whole.out)[0] == losses_of(plain)[0]
     same_end = losses_of(whole.out)[2] == losses_of(plain)[2]
     if name == "ema":  # the student learns as it did; another is measured

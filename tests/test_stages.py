@@ -85,7 +85,7 @@ def test_the_second_stage_has_its_own_standardizers(run: Path) -> None:
     assert torch.equal(saved.matrix, last["words"].matrix)
 
 
-@pytest.mark.parametrize("at", range(6))
+@pytest.mark.parametrize("at", [1, 2, 3, 4])  # in a stage, before its end, at a start, after it
 def test_killed_in_any_stage_and_resumed_gives_the_same_bits(
     at: int, run: Path, tmp_path: Path
 ) -> None:
