@@ -60,7 +60,7 @@ def _section(prefix: str, section: Any) -> list[str]:
         if dataclasses.is_dataclass(hint):
             deeper += _section(f"{prefix}{field.name}.", hint)
             continue
-        kind = str(hint).replace("radio.config.", "").replace("typing.", "")
+        kind = str(hint).replace("radio.schema.", "").replace("typing.", "")
         kind = kind if "[" in kind or "|" in kind else hint.__name__
         rows.append(f"| `{prefix}{field.name}` | {kind.replace('|', 'or')} | {_default(field)} |")
     title = prefix.rstrip(".") or "run"

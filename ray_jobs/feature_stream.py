@@ -94,7 +94,7 @@ class RayStream:
         self._fill(in_flight, waiting, request, incarnation)
         while in_flight:
             asked = in_flight[0]
-            views = student_views(asked.spec, self._readers[request.split])
+            views = student_views(asked.spec, self._readers[request.split], self.config)
             started = time.perf_counter()
             answers = {
                 name: self._take(asked.spec, name, call, request, incarnation)

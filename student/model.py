@@ -121,7 +121,10 @@ class Student(nn.Module):
         window: int | None = None,
     ) -> dict[str, StudentOutput]:
         """Return every teacher's prediction for uint8 images or floats in [0, 1]."""
-        output = self.backbone(images, merge_per_block, window)
+        return self.predict(self.backbone(images, merge_per_block, window))
+
+    def predict(self, output: VitOutput) -> dict[str, StudentOutput]:
+        """Return every teacher's prediction from the backbone's tokens."""
         return {name: adaptor(output) for name, adaptor in self.adaptors.items()}
 
 

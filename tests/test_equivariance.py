@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from radio.training.equivariance import (
-    draw_shifts,
     mesa_loss,
     shift_equivariant_loss,
     shift_features,
@@ -310,26 +309,3 @@ def test_mesa_never_sees_what_is_not_common(junk: float) -> None:
     assert spoilt.grad is not None
     assert torch.isfinite(spoilt.grad).all()
     assert (spoilt.grad[:, :, 0] == 0).all()
-
-
-# Drawing
-
-
-@settings(deadline=None, max_examples=20)
-@given(seed=SEEDS, batch=st.integers(0, 9), most=st.integers(0, 4))
-def test_shifts_are_a_function_of_the_generator(seed: int, batch: int, most: int) -> None:
-    first = draw_shifts(batch, most, torch.Generator().manual_seed(seed))
-    again = draw_shifts(batch, most, torch.Generator().manual_seed(seed))
-    assert torch.equal(first, again)
-    assert first.shape == (batch, 2)
-    assert (first.abs() <= most).all()
-
-
-def test_shifts_are_uniform_and_leave_the_global_generator_alone() -> None:
-    before = torch.get_rng_state()
-    shifts = draw_shifts(20_000, 2, torch.Generator().manual_seed(0))
-    assert torch.equal(torch.get_rng_state(), before)
-    for axis in (0, 1):
-        counts = torch.bincount(shifts[:, axis] + 2, minlength=5)
-        assert (counts - 4000).abs().max() < 300  # five deviations
-    assert abs(np.corrcoef(shifts.numpy().T)[0, 1]) < 0.03

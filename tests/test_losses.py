@@ -13,12 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from radio.targets.angles import angle_between, angle_dispersion
 from radio.training.losses import (
     FEATURE_LOSSES,
     RIGHT_ANGLE,
     SUMMARY_LOSSES,
-    angle_between,
-    angle_dispersion,
     angle_loss,
     cosine_loss,
     cosine_map_loss,

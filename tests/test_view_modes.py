@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from test_distill import losses_of
 from tiny import tiny_config
 
-from radio import config as configuration
+from radio import checks as configuration
 from radio.config import Config, check
 from radio.data.plan import PartitionSpec, training_plan
 from radio.errors import RadioError

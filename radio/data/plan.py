@@ -7,6 +7,7 @@ a step. Nothing else owns order: a stream, a teacher or a resumed run asks again
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -57,7 +58,8 @@ class PartitionSpec:
     """A share of a step: one student resolution in pixels, its views, each teacher's view mode.
 
     `order` is the order in which the views lie on canvases, drawn anew every step, so that each
-    place of a canvas sees every kind of picture.
+    place of a canvas sees every kind of picture. `shape` is (height, width) of views that are not
+    square. A crop is `margin` patches larger than what each reader sees of it.
     """
 
     name: str
@@ -67,6 +69,13 @@ class PartitionSpec:
     order: tuple[int, ...]
     merge_per_block: int = 0
     window: int | None = None
+    shape: tuple[int, int] | None = None
+    margin: int = 0
+
+    @property
+    def pixels(self) -> tuple[int, int]:
+        """(height, width) of the student's views."""
+        return self.shape or (self.image_size, self.image_size)
 
 
 @dataclass(frozen=True)
@@ -83,7 +92,8 @@ class StepSpec:
 class PartitionPlan:
     """A partition as the configuration states it: pixels, views per step, view modes.
 
-    Every step draws one of `image_sizes`; empty, it is `image_size`.
+    Every step draws one of `image_sizes` (empty: it is `image_size`) and one width over height of
+    `aspects` (empty: views are square).
     """
 
     name: str
@@ -93,6 +103,9 @@ class PartitionPlan:
     merge_per_block: int = 0
     image_sizes: tuple[int, ...] = ()
     window: int | None = None
+    aspects: tuple[float, ...] = ()
+    patch_size: int = 16
+    margin: int = 0
 
 
 @dataclass(frozen=True)
@@ -174,7 +187,9 @@ class Plan:
             size = self._size(partition, key)
             tiles = seed_for(self.seed, f"tiles/{partition.name}", *key)
             places = tuple(permute(at, len(views), tiles) for at in range(len(views)))
-            partitions.append(_with_views(partition, views, size, places))
+            spec = _with_views(partition, views, size, places)
+            shape = self._shape(partition, size, key)
+            partitions.append(replace(spec, shape=shape, margin=partition.margin))
             position += partition.batch
         return StepSpec(step, number, stage_step, tuple(partitions))
 
@@ -185,14 +200,25 @@ class Plan:
         drawn = seed_for(self.seed, f"size/{partition.name}", *key)
         return partition.image_sizes[drawn % len(partition.image_sizes)]
 
+    def _shape(
+        self, partition: PartitionPlan, size: int, key: tuple[int, int]
+    ) -> tuple[int, int] | None:
+        """Return a step's (height, width), or None for the square."""
+        if not partition.aspects:
+            return None
+        drawn = seed_for(self.seed, f"aspect/{partition.name}", *key)
+        return shape_of(
+            size, partition.aspects[drawn % len(partition.aspects)], partition.patch_size
+        )
+
     def held_out(
         self, num_samples: int, batch: int, teachers: Collection[str]
     ) -> list[PartitionSpec]:
         """Return the last stage's partitions over a held-out set, `batch` views at a time.
 
         Each resolution occurs once (its first partition speaks for it), with those of its
-        teachers that are named; crops are keyed by the sample's own number, so the same set is
-        seen after any number of steps.
+        teachers that are named; views are square and whole, crops are keyed by the sample's own
+        number, so the same set is seen after any number of steps.
         """
         specs = []
         seen: Mapping[int, PartitionPlan] = {}
@@ -210,6 +236,13 @@ class Plan:
                 order = tuple(range(len(views)))
                 specs.append(_with_views(partition, views, partition.image_size, order))
         return specs
+
+
+def shape_of(size: int, aspect: float, patch_size: int) -> tuple[int, int]:
+    """Return (height, width) in whole patches, about size^2 in area and `aspect` wide over high."""
+    rows = max(1, round(size / math.sqrt(aspect) / patch_size))
+    columns = max(1, round(size * math.sqrt(aspect) / patch_size))
+    return rows * patch_size, columns * patch_size
 
 
 def _with_views(
@@ -250,6 +283,9 @@ def stage_plans(config: Config) -> list[StagePlan]:
                     else partition.merge_per_block,
                     tuple(partition.image_sizes),
                     partition.window,
+                    tuple(partition.aspects),
+                    config.student.patch_size,
+                    config.data.shift_margin,
                 )
                 for name, partition in stage.partitions.items()
             ),

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from radio.data.decode import DamagedImage, decode
-from radio.data.plan import ViewSpec, seed_for
+from radio.data.plan import PartitionSpec, ViewSpec, seed_for
 from radio.data.shards import ImageSource, place_of
 from radio.errors import RadioError
 
@@ -37,6 +37,30 @@ class Crop:
 
     box: tuple[float, float, float, float]
     flip: bool
+
+
+@dataclass(frozen=True)
+class Framing:
+    """What a reader sees of its crops: which part, and how wide over high they are cut.
+
+    A crop covers `margin` patches more than the `grid` (rows, columns) of a view, in both
+    directions; a reader takes its grid at an offset of its own, drawn by its name (C-RADIOv4).
+    """
+
+    reader: str = "student"
+    aspect: float = 1.0
+    grid: tuple[int, int] = (1, 1)
+    margin: int = 0
+
+    @classmethod
+    def of(cls, partition: PartitionSpec, patch_size: int, reader: str) -> Framing:
+        """Return how `reader` sees a partition's crops."""
+        height, width = partition.pixels
+        grid = height // patch_size, width // patch_size
+        return cls(reader, width / height, grid, partition.margin)
+
+
+WHOLE = Framing()
 
 
 def random_crop(
@@ -69,6 +93,22 @@ def random_crop(
     return _crop_at(left, top, w, h, flip)
 
 
+def part_of(crop: Crop, offset: tuple[int, int], framing: Framing) -> Crop:
+    """Return the grid's part of a crop that is a margin larger, `offset` patches down and right.
+
+    Right is said of the view, so a mirrored crop counts from its other side.
+    """
+    left, top, right, bottom = crop.box
+    (rows, columns), margin = framing.grid, framing.margin
+    down, along = offset
+    along = margin - along if crop.flip else along
+    width, height = (right - left) / (columns + margin), (bottom - top) / (rows + margin)
+    x, y = left + along * width, top + down * height
+    # The product may round to beyond the picture, which Pillow refuses.
+    box = x, y, min(x + columns * width, right), min(y + rows * height, bottom)
+    return Crop(box, crop.flip)
+
+
 def centre_square(width: int, height: int) -> Crop:
     """Return the largest centred square."""
     side = min(width, height)
@@ -94,11 +134,15 @@ def crop_view(
 
 @dataclass(frozen=True)
 class Views:
-    """A batch of views, the keys of the pictures used, and (damaged key, reason) of redraws."""
+    """A batch of views, the keys of the pictures used, and (damaged key, reason) of redraws.
+
+    `offsets` are (down, right) in patches of each view in its crop, None without a margin.
+    """
 
     pixels: UInt8[Tensor, "b 3 h w"]
     keys: tuple[str, ...]
     replaced: tuple[tuple[str, str], ...] = ()
+    offsets: tuple[tuple[int, int], ...] | None = None
 
 
 class ViewReader:
@@ -123,7 +167,9 @@ class ViewReader:
         self.damaged: dict[str, str] = {}
         self._cache = _PictureCache(CACHE_BYTES)
 
-    def batch(self, views: Sequence[ViewSpec], size: int | tuple[int, int]) -> Views:
+    def batch(
+        self, views: Sequence[ViewSpec], size: int | tuple[int, int], framing: Framing = WHOLE
+    ) -> Views:
         """Return the views at `size` pixels (side, or (height, width)), with their keys.
 
         Raises:
@@ -135,16 +181,27 @@ class ViewReader:
         keys, replaced = [], list[tuple[str, str]]()
         for row, view in enumerate(views):
             sample, image = self._image(view, replaced)
-            pixels[row] = crop_view(image, self.crop(view, *image.size), size)
+            pixels[row] = crop_view(image, self.crop(view, *image.size, framing), size)
             keys.append(self.source.key(sample))
-        return Views(pixels, tuple(keys), tuple(replaced))
+        offsets = tuple(self.offset(view, framing) for view in views) if framing.margin else None
+        return Views(pixels, tuple(keys), tuple(replaced), offsets)
 
-    def crop(self, view: ViewSpec, width: int, height: int) -> Crop:
-        """Return the crop of a view in a picture of this size; it depends on no target size."""
+    def crop(self, view: ViewSpec, width: int, height: int, framing: Framing = WHOLE) -> Crop:
+        """Return what a reader sees of a view in a picture of this size, at any target size."""
         if self.crop_scale is None:
             return centre_square(width, height)
         seed = seed_for(self.seed, "crop", view.epoch, view.position)
-        return random_crop(width, height, seed, self.crop_scale)
+        ratio = 3 / 4 * framing.aspect, 4 / 3 * framing.aspect
+        crop = random_crop(width, height, seed, self.crop_scale, ratio)
+        if not framing.margin:
+            return crop
+        return part_of(crop, self.offset(view, framing), framing)
+
+    def offset(self, view: ViewSpec, framing: Framing) -> tuple[int, int]:
+        """Draw (down, right) in patches, each uniform in [0, margin], by the reader's name."""
+        seed = seed_for(self.seed, f"shift/{framing.reader}", view.epoch, view.position)
+        down, right = divmod(seed % (framing.margin + 1) ** 2, framing.margin + 1)
+        return down, right
 
     def _image(self, view: ViewSpec, replaced: list[tuple[str, str]]) -> tuple[int, Image.Image]:
         sample, tried = view.sample, list[str]()

@@ -1,4 +1,7 @@
-"""Fit every teacher's standardizer once, before step 0, on the run's own stream."""
+"""Fit every teacher's standardizer once, before step 0, on the run's own stream.
+
+The spread of its summaries, which the angle loss divides by, is measured on the same views.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,15 @@ import logging
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from radio.config import Config, teachers_of
 from radio.data.plan import fitting_plan
 from radio.errors import RadioError
 from radio.files import whole
 from radio.progress import Report
+from radio.targets.angles import angle_dispersion
 from radio.targets.standardize import (
     Standardizer,
     load_standardizers,
@@ -24,6 +31,8 @@ from radio.targets.stream import Stream
 from radio.targets.target_maker import Request, StandardizerFile
 
 log = logging.getLogger("radio.fit")
+DISPERSION = "dispersion"  # the file's metadata: radians squared, empty without summaries
+DISPERSION_VIEWS = 16_384  # a spread needs no more; their mean direction must be known first
 
 
 def fit(
@@ -43,9 +52,10 @@ def fit(
     wanted = {name: _identity(config, stream, name, stage) for name in names}
     if not all(_fits(paths[name], name, wanted[name]) for name in paths):
         folder.mkdir(parents=True, exist_ok=True)
-        for name, standardizer in _fit_all(config, stream, progress, stage).items():
+        for name, (standardizer, dispersion) in _fit_all(config, stream, progress, stage).items():
+            measured = {DISPERSION: "" if dispersion is None else repr(dispersion)}
             with whole(paths[name]) as temporary:
-                save_standardizers(temporary, {name: standardizer}, wanted[name])
+                save_standardizers(temporary, {name: standardizer}, wanted[name] | measured)
     return {name: StandardizerFile.of(path) for name, path in paths.items()}
 
 
@@ -54,15 +64,22 @@ def read_fitted(files: dict[str, StandardizerFile]) -> dict[str, Standardizer]:
     return {name: load_standardizers(Path(file.path))[name] for name, file in files.items()}
 
 
+def read_dispersions(files: dict[str, StandardizerFile]) -> dict[str, float]:
+    """Return the measured spread of the teachers that have summaries, in radians squared."""
+    found = {name: read_metadata(Path(file.path))[DISPERSION] for name, file in files.items()}
+    return {name: float(dispersion) for name, dispersion in found.items() if dispersion}
+
+
 def _fit_all(
     config: Config, stream: Stream, progress: Report | None, stage: int
-) -> dict[str, Standardizer]:
+) -> dict[str, tuple[Standardizer, float | None]]:
     plan = fitting_plan(config, len(stream.sources["train"]), stage)
     standardizers = {
         name: make_standardizer(teacher.standardizer, stream.teachers[name].feature_dim, name)
         for name, teacher in config.teachers.items()
         if name in teachers_of(config.stages[stage])
     }
+    summaries: dict[str, list[Tensor]] = {name: [] for name in standardizers}
     specs = (plan(step) for step in range(plan.num_steps))
     request = Request("train", "float32", {})
     for number, batch in enumerate(stream.read(specs, request), start=1):
@@ -70,11 +87,26 @@ def _fit_all(
             for name, target in partition.targets.items():
                 rows = target.features.movedim(1, -1)[target.valid]
                 standardizers[name].partial_fit(rows)
+                if target.summary is not None and _num(summaries[name]) < DISPERSION_VIEWS:
+                    summaries[name].append(target.summary)
         if progress is not None:
             progress(number, plan.num_steps)
     for standardizer in standardizers.values():
         standardizer.fit()
-    return standardizers
+    return {
+        name: (standardizer, _dispersion(summaries[name]))
+        for name, standardizer in standardizers.items()
+    }
+
+
+def _num(summaries: list[Tensor]) -> int:
+    return sum(map(len, summaries))
+
+
+def _dispersion(summaries: list[Tensor]) -> float | None:
+    if not summaries:
+        return None
+    return float(angle_dispersion(torch.cat(summaries)[:DISPERSION_VIEWS].double()))
 
 
 def _identity(config: Config, stream: Stream, name: str, stage: int) -> dict[str, str]:
@@ -86,6 +118,8 @@ def _identity(config: Config, stream: Stream, name: str, stage: int) -> dict[str
         "micro_batch": config.data.micro_batch,
         "repeat_epochs": config.data.repeat_epochs,
         "patch_size": config.student.patch_size,
+        "shift_margin": config.data.shift_margin,
+        "teacher": [config.teachers[name].upsample, config.teachers[name].upsampler],
         "grid": config.losses.grid,
         "partitions": asdict(config.stages[stage])["partitions"],
     }

@@ -15,13 +15,13 @@ from types import TracebackType
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from radio.config import Config
 from radio.data.plan import PartitionSpec, StepSpec, training_plan
 from radio.data.shards import ImageSource, open_images
-from radio.data.views import ViewReader, Views
+from radio.data.views import Framing, ViewReader, Views
 from radio.errors import RadioError
 from radio.targets import codec
 from radio.targets.target_maker import (
@@ -36,22 +36,33 @@ from radio.targets.target_maker import (
 
 @dataclass(frozen=True)
 class Target:
-    """What one teacher says of a partition's views, features standardized."""
+    """What one teacher says of a partition's views, features standardized.
+
+    `shift` is (down, right) of the teacher's crops from the student's in patches, None where both
+    see the same.
+    """
 
     summary: Float[Tensor, "b c"] | None
     features: Float[Tensor, "b d h w"]
     valid: Bool[Tensor, "b h w"]
+    shift: Int[Tensor, "b 2"] | None = None
 
 
 @dataclass(frozen=True)
 class PartitionBatch:
-    """A partition's pictures for the student and the targets it is matched to."""
+    """A partition's pictures for the student and the targets it is matched to.
+
+    With a shift margin, `twin_images` are the student's pictures on crops of their own, which lie
+    `twin_shift` (down, right) patches from the first: what its average sees.
+    """
 
     name: str
     images: UInt8[Tensor, "b 3 h w"]
     targets: dict[str, Target]
     merge_per_block: int = 0
     window: int | None = None
+    twin_images: UInt8[Tensor, "b 3 h w"] | None = None
+    twin_shift: Int[Tensor, "b 2"] | None = None
 
 
 @dataclass(frozen=True)
@@ -161,7 +172,7 @@ class LocalStream:
             started = time.perf_counter()
             coded = self._encode(spec, request)
             waited = time.perf_counter() - started
-            views = student_views(spec, self._readers[request.split])
+            views = student_views(spec, self._readers[request.split], self.config)
             yield assemble(spec, views, coded, request, waited)
 
     def _encode(self, spec: StepSpec, request: Request) -> list[dict[str, CodedTarget]]:
@@ -191,14 +202,34 @@ class LocalStream:
         self.close()
 
 
-def student_views(spec: StepSpec, reader: ViewReader) -> list[Views]:
+@dataclass(frozen=True)
+class StudentViews:
+    """What the student sees of a partition, and its average, where that sees crops of its own."""
+
+    own: Views
+    twin: Views | None = None
+
+
+def student_views(spec: StepSpec, reader: ViewReader, config: Config) -> list[StudentViews]:
     """Read the student's own views of every partition of a step."""
-    return [reader.batch(partition.views, partition.image_size) for partition in spec.partitions]
+    patch = config.student.patch_size
+
+    def read(partition: PartitionSpec, who: str) -> Views:
+        framing = Framing.of(partition, patch, who)
+        return reader.batch(partition.views, partition.pixels, framing)
+
+    return [
+        StudentViews(
+            read(partition, "student"),
+            read(partition, "average") if partition.margin and config.losses.mesa_weight else None,
+        )
+        for partition in spec.partitions
+    ]
 
 
 def assemble(
     spec: StepSpec,
-    student: list[Views],
+    student: list[StudentViews],
     coded: list[dict[str, CodedTarget]],
     request: Request,
     wait_seconds: float,
@@ -211,28 +242,38 @@ def assemble(
     """
     partitions, damaged, busy = [], dict[str, str](), dict[str, float]()
     for partition, views, targets in zip(spec.partitions, student, coded, strict=True):
-        damaged.update(views.replaced)
+        own, twin = views.own, views.twin
+        damaged.update(own.replaced)
         for name, target in targets.items():
-            _same_keys(name, partition, views, target)
+            _same_keys(name, partition, own, target)
             busy[name] = busy.get(name, 0.0) + target.seconds
         partitions.append(
             PartitionBatch(
                 partition.name,
-                views.pixels,
-                {name: _decode(target, request) for name, target in targets.items()},
+                own.pixels,
+                {name: _decode(target, request, own) for name, target in targets.items()},
                 partition.merge_per_block,
                 partition.window,
+                None if twin is None else twin.pixels,
+                None if twin is None else _shift(own, twin),
             )
         )
     return StepBatch(spec.step, tuple(partitions), damaged, wait_seconds, busy)
 
 
-def _decode(target: CodedTarget, request: Request) -> Target:
+def _decode(target: CodedTarget, request: Request, own: Views) -> Target:
     summary = None
     if target.summary is not None:
         summary = codec.decode(target.summary, request.summary_codec)
     features = codec.decode(target.features, request.codec)
-    return Target(summary, features, torch.tensor(target.valid))
+    return Target(summary, features, torch.tensor(target.valid), _shift(own, target))
+
+
+def _shift(own: Views, other: Views | CodedTarget) -> Tensor | None:
+    """Return (down, right) in patches of another reader's crops from the student's own."""
+    if own.offsets is None or other.offsets is None:
+        return None
+    return torch.tensor(other.offsets) - torch.tensor(own.offsets)
 
 
 def _same_keys(name: str, partition: PartitionSpec, views: Views, target: CodedTarget) -> None:

@@ -20,12 +20,12 @@ from torch import Tensor
 from radio.config import Config
 from radio.data.plan import PartitionSpec
 from radio.data.shards import ImageSource
-from radio.data.views import ViewReader
+from radio.data.views import Framing, ViewReader
 from radio.errors import RadioError
 from radio.targets import codec
 from radio.targets.grid import GRIDS, Grid, to_grid
 from radio.targets.standardize import Standardizer, load_standardizers
-from radio.targets.view_modes import VIEW_MODES, Shown
+from radio.targets.view_modes import VIEW_MODES, Shown, Upsampler
 from teachers import Teacher, TeacherOutput, build_teacher
 
 
@@ -71,7 +71,10 @@ class Request:
 
 @dataclass(frozen=True)
 class CodedTarget:
-    """A Target as it travels: plain arrays, the keys used, damaged pictures, seconds busy."""
+    """A Target as it travels: plain arrays, the keys used, damaged pictures, seconds busy.
+
+    `offsets` are those of the teacher's views in their crops (`radio.data.views.Views`).
+    """
 
     summary: np.ndarray | None
     features: np.ndarray
@@ -79,6 +82,7 @@ class CodedTarget:
     keys: tuple[str, ...]
     damaged: Mapping[str, str]
     seconds: float
+    offsets: tuple[tuple[int, int], ...] | None = None
 
 
 class TargetMaker:
@@ -94,6 +98,8 @@ class TargetMaker:
             composition of a batch may change low bits.
         device: where the forward runs.
         grid: a row of `radio.targets.grid.GRIDS`, of the student's grid and the teacher's.
+        upsample: positions along a side that the student predicts for one of its patches.
+        upsampler: what view mode `sharpened` calls with features and normalised views.
     """
 
     def __init__(
@@ -106,6 +112,8 @@ class TargetMaker:
         micro_batch: int,
         device: torch.device,
         grid: str = "coarser",
+        upsample: int = 1,
+        upsampler: Upsampler | None = None,
     ) -> None:
         self.name = name
         self.kind = kind
@@ -115,6 +123,8 @@ class TargetMaker:
         self.micro_batch = micro_batch
         self.device = device
         self.grid = grid
+        self.upsample = upsample
+        self.upsampler = upsampler
         self._standardizers: dict[str, Standardizer] = {}
         self._mean = torch.tensor(teacher.mean, device=device).view(1, 3, 1, 1)
         self._std = torch.tensor(teacher.std, device=device).view(1, 3, 1, 1)
@@ -129,7 +139,10 @@ class TargetMaker:
 
     def shown(self, partition: PartitionSpec) -> Shown:
         """Return what a view mode needs to know of a partition and this teacher."""
-        return Shown(self.teacher, self._forward, partition, self.patch_size)
+        height, width = partition.pixels
+        side = self.patch_size // self.upsample
+        grid = height // side, width // side
+        return Shown(self.teacher, self._forward, partition, grid, self.upsampler)
 
     @torch.inference_mode()
     def __call__(self, partition: PartitionSpec, request: Request) -> CodedTarget:
@@ -141,11 +154,12 @@ class TargetMaker:
         started = time.perf_counter()
         reader = self.readers[request.split]
         mode, shown = VIEW_MODES[partition.modes[self.name]], self.shown(partition)
-        views = reader.batch(partition.views, mode.side(shown))
+        framing = Framing.of(partition, self.patch_size, self.name)
+        views = reader.batch(partition.views, mode.size(shown), framing)
         output = mode.run(shown, self._normalise(views.pixels))
         self._refuse_nan(output, views.keys)
         features = self._standardize(output.features.float(), request)
-        grid = GRIDS[self.grid](_grid(features), (shown.student_side, shown.student_side))
+        grid = GRIDS[self.grid](_grid(features), shown.grid)
         features = to_grid(features, grid)
         valid = np.ones((len(views.keys), *grid), dtype=bool)
         summary = None
@@ -153,7 +167,8 @@ class TargetMaker:
             summary = codec.encode(output.summary.float().cpu(), request.summary_codec)
         coded = codec.encode(features.cpu(), request.codec)
         seconds = time.perf_counter() - started
-        return CodedTarget(summary, coded, valid, views.keys, dict(views.replaced), seconds)
+        damaged = dict(views.replaced)
+        return CodedTarget(summary, coded, valid, views.keys, damaged, seconds, views.offsets)
 
     def _normalise(self, pixels: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
         return (pixels.to(self.device).float() / 255 - self._mean) / self._std
@@ -219,6 +234,7 @@ def build_target_maker(
         config.data.micro_batch,
         device,
         config.losses.grid,
+        wanted.upsample,
     )
 
 

@@ -17,46 +17,57 @@ from torch import Tensor
 
 from radio.data.mosaic import Mosaic
 from radio.data.plan import PartitionSpec
+from radio.targets.grid import Grid, larger
 from teachers import Teacher, TeacherOutput
 
-Pixels = Float[Tensor, "b 3 side side"]
+Pixels = Float[Tensor, "b 3 height width"]
 Forward = Callable[[Pixels], TeacherOutput]
+Upsampler = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Shown:
-    """What a mode works on: a teacher, its batched forward, a partition, the student's patch."""
+    """What a mode works on: a teacher, its batched forward, a partition, the student's grid.
+
+    `grid` is (rows, columns) of what the student's adaptor for this teacher predicts.
+    """
 
     teacher: Teacher
     forward: Forward
     partition: PartitionSpec
-    patch_size: int
-
-    @property
-    def student_side(self) -> int:
-        """Positions along a side of the student's grid."""
-        return self.partition.image_size // self.patch_size
+    grid: Grid
+    upsampler: Upsampler | None = None
 
     @property
     def tiles(self) -> int:
         """Native tiles along a side that cover at least the student's pixels."""
-        return -(-self.partition.image_size // self.teacher.native_size)
+        return -(-max(self.partition.pixels) // self.teacher.native_size)
 
 
 @dataclass(frozen=True)
 class ViewMode:
-    """`side` in px at which views are read, and `run` from normalised views to features."""
+    """`size` (height, width) at which views are read, `run` from normalised views to features."""
 
-    side: Callable[[Shown], int]
+    size: Callable[[Shown], tuple[int, int]]
     run: Callable[[Shown, Pixels], TeacherOutput]
 
 
-def _native_side(shown: Shown) -> int:
-    return shown.teacher.native_size
+def _native(shown: Shown) -> tuple[int, int]:
+    return shown.teacher.native_size, shown.teacher.native_size
 
 
-def _student_pixels(shown: Shown) -> int:
-    return shown.partition.image_size
+def _match(shown: Shown) -> tuple[int, int]:
+    (rows, columns), stride = shown.grid, shown.teacher.stride
+    return rows * stride, columns * stride
+
+
+def _student_pixels(shown: Shown) -> tuple[int, int]:
+    return shown.partition.pixels
+
+
+def _tiles(shown: Shown) -> tuple[int, int]:
+    side = shown.tiles * shown.teacher.native_size
+    return side, side
 
 
 def _alone(shown: Shown, pixels: Pixels) -> TeacherOutput:
@@ -99,18 +110,23 @@ def _tiled(shown: Shown, pixels: Pixels) -> TeacherOutput:
 
 
 def _sharpened(shown: Shown, pixels: Pixels) -> TeacherOutput:
-    """Native features, bicubic to the student's grid where that is finer (FeatSharp's baseline)."""
+    """Native features made finer: by an upsampler's file, or bicubic to the student's grid.
+
+    FeatSharp (2502.16025) trains such upsamplers, and has the bicubic as its baseline.
+    """
     output = shown.forward(pixels)
-    side = max(shown.student_side, output.features.shape[-1])
-    features = F.interpolate(output.features.float(), size=(side, side), mode="bicubic")
-    return TeacherOutput(output.summary, features)
+    features = output.features.float()
+    if shown.upsampler is not None:
+        return TeacherOutput(output.summary, shown.upsampler(features, pixels))
+    grid = larger(shown.grid, (features.shape[-2], features.shape[-1]))
+    return TeacherOutput(output.summary, F.interpolate(features, size=grid, mode="bicubic"))
 
 
 VIEW_MODES: dict[str, ViewMode] = {
-    "native": ViewMode(_native_side, _alone),
-    "match": ViewMode(lambda shown: shown.student_side * shown.teacher.stride, _alone),
+    "native": ViewMode(_native, _alone),
+    "match": ViewMode(_match, _alone),
     "mosaic": ViewMode(_student_pixels, _mosaic),
     "padded": ViewMode(_student_pixels, _padded),
-    "tiled": ViewMode(lambda shown: shown.tiles * shown.teacher.native_size, _tiled),
-    "sharpened": ViewMode(_native_side, _sharpened),
+    "tiled": ViewMode(_tiles, _tiled),
+    "sharpened": ViewMode(_native, _sharpened),
 }

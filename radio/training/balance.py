@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from radio.training.losses import wide
+from radio.targets.angles import wide
 
 # No running mean counts as less, so that a loss that has reached 0 has a finite weight.
 SMALLEST_MEAN = 1e-6

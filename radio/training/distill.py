@@ -18,7 +18,7 @@ from radio.config import Config, check, teachers_of
 from radio.data.plan import Plan, StepSpec, training_plan
 from radio.errors import RadioError
 from radio.progress import ProgressDisplay, told
-from radio.targets.fit import fit, read_fitted
+from radio.targets.fit import fit, read_dispersions, read_fitted
 from radio.targets.standardize import Standardizer
 from radio.targets.stream import LocalStream, StepBatch, Stream, device_of
 from radio.targets.target_maker import Request, StandardizerFile
@@ -132,6 +132,7 @@ class _Run:
         files = fit(self.config, self.stream, self.progress.update, stage)
         self.files.update(files)
         self.standardizers.update(read_fitted(files))
+        self.learner.dispersions.update(read_dispersions(files))
 
     def _refit(self, stage: int) -> None:
         """Fit again before a stage; what the adaptors say in the teachers' spaces stays."""

@@ -18,28 +18,13 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from radio.targets.angles import PerView, wide
 from radio.targets.grid import Grid
-from radio.training.losses import Maps, PerView, Valid, mse_loss, wide
+from radio.training.losses import Maps, Valid, mse_loss
 
 Shifts = Int[Tensor, "b 2"]
 Counts = Int[Tensor, " b"]
 LAYER_NORM_EPS = 1e-6  # as in the student's own layers
-
-
-def draw_shifts(
-    batch: int, max_patches: int, generator: torch.Generator
-) -> Int[Tensor, "{batch} 2"]:
-    """Draw (dy, dx) for every view, each uniform in [-max_patches, max_patches].
-
-    The shift between two crops that were both shifted is the difference of theirs.
-    """
-    return torch.randint(
-        -max_patches,
-        max_patches + 1,
-        (batch, 2),
-        generator=generator,
-        device=generator.device,
-    )
 
 
 def shift_features(

@@ -34,6 +34,7 @@ class Learner:
         self.balance = build_balance(config)
         decay = config.optimizer.ema_decay
         self.ema = None if decay is None else Ema(self.student, decay)
+        self.dispersions: dict[str, float] = {}  # by teacher, of the stage's fit; not learnt
 
     @property
     def result(self) -> Student:
@@ -106,4 +107,5 @@ def student_for(config: Config, teachers: Mapping[str, TeacherFacts], init: bool
         checkpointing=config.student.checkpointing,
         num_windowed=config.student.num_windowed,
         num_global=config.student.num_global,
+        upsample={name: config.teachers[name].upsample for name in teachers},
     )

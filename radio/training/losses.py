@@ -14,21 +14,24 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
-Summaries = Float[Tensor, "b c"]
+from radio.targets.angles import PerView, Summaries, angle_between, unit, wide
+
 Maps = Float[Tensor, "b c h w"]
 Valid = Bool[Tensor, "b h w"]
-PerView = Float[Tensor, " b"]
 
 # C-RADIOv4 divides the squared angle by each teacher's measured dispersion (`angle_dispersion`:
-# SigLIP2-g 0.694, DINOv3-7B 2.186). Where none was measured, a right angle costs 1, as in 1 - cos.
+# SigLIP2-g 0.694, DINOv3-7B 2.186), which `fit` measures. Without one, a right angle costs 1.
 RIGHT_ANGLE = (math.pi / 2) ** 2
-# No vector is divided by less, so that the gradient at a zero prediction is not boundless.
-SMALLEST_NORM = 1e-6
 
 
-def cosine_loss(predicted: Summaries, target: Summaries) -> PerView:
-    """1 - cos(x, y) (AM-RADIO 2312.06709, section 3); 1 where a vector is zero."""
-    return 1 - (_unit(wide(predicted), -1) * _unit(wide(target), -1)).sum(-1)
+def cosine_loss(
+    predicted: Summaries, target: Summaries, dispersion: float = RIGHT_ANGLE
+) -> PerView:
+    """1 - cos(x, y) (AM-RADIO 2312.06709, section 3); 1 where a vector is zero.
+
+    A teacher's spread does not enter.
+    """
+    return 1 - (unit(wide(predicted), -1) * unit(wide(target), -1)).sum(-1)
 
 
 def angle_loss(
@@ -42,22 +45,6 @@ def angle_loss(
         dispersion: Disp, the teacher's `angle_dispersion`.
     """
     return angle_between(predicted, target).square() / dispersion
-
-
-def angle_between(x: Summaries, y: Summaries) -> PerView:
-    """Return Theta(x, y) in radians, 0 to pi.
-
-    Theta = 2 atan2(|u - v|, |u + v|) of the unit vectors, exact for small angles and with a
-    finite gradient where that of arccos(cos) is infinite.
-    """
-    u, v = _unit(wide(x), -1), _unit(wide(y), -1)
-    return 2 * torch.atan2(_norm(u - v, -1), _norm(u + v, -1)).squeeze(-1)
-
-
-def angle_dispersion(targets: Summaries) -> Float[Tensor, ""]:
-    """Disp = E[Theta(y, mu)^2], mu = E[y] / |E[y]|, in radians squared (C-RADIOv4)."""
-    centre = wide(targets).mean(0, keepdim=True)
-    return angle_between(wide(targets), centre.expand(len(targets), -1)).square().mean()
 
 
 def mse_loss(predicted: Maps, target: Maps, valid: Valid) -> PerView:
@@ -74,7 +61,7 @@ def smooth_l1_loss(predicted: Maps, target: Maps, valid: Valid) -> PerView:
 
 def cosine_map_loss(predicted: Maps, target: Maps, valid: Valid) -> PerView:
     """Mean over valid positions of 1 - cos between feature vectors."""
-    x, y = (_unit(_masked(wide(maps), valid), 1) for maps in (predicted, target))
+    x, y = (unit(_masked(wide(maps), valid), 1) for maps in (predicted, target))
     return _masked_mean(1 - (x * y).sum(1), valid)
 
 
@@ -92,7 +79,7 @@ def token_similarity_loss(predicted: Maps, target: Maps, valid: Valid) -> PerVie
     position nor a rotation common to all has an effect. Takes b (h w)^2 numbers of memory.
     """
     with torch.autocast(predicted.device.type, enabled=False):  # it would multiply in bfloat16
-        x, y = (_unit(_masked(wide(maps), valid), 1).flatten(2) for maps in (predicted, target))
+        x, y = (unit(_masked(wide(maps), valid), 1).flatten(2) for maps in (predicted, target))
         difference = x.mT @ x - y.mT @ y  # 0 wherever i or j is not valid
     pairs = valid.sum((1, 2)).square().clamp_min(1)
     return difference.square().sum((1, 2)) / pairs
@@ -125,22 +112,7 @@ def _masked_mean(error: Float[Tensor, "b h w"], valid: Valid) -> PerView:
     return kept.sum((1, 2)) / valid.sum((1, 2)).clamp_min(1)
 
 
-def _unit(x: Tensor, dim: int) -> Tensor:
-    return x / _norm(x, dim).clamp_min(SMALLEST_NORM)
-
-
-def _norm(x: Tensor, dim: int) -> Tensor:
-    """Return the Euclidean norm, kept as a dimension, with gradient 0 at zero."""
-    tiny = torch.finfo(x.dtype).tiny
-    return x.square().sum(dim, keepdim=True).clamp_min(tiny).sqrt()
-
-
-def wide(x: Tensor) -> Tensor:
-    """Return x in float32, or in float64 if it is that already."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
-SUMMARY_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+SUMMARY_LOSSES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "cosine": cosine_loss,
     "angle": angle_loss,
 }

@@ -17,14 +17,17 @@ from torch import Tensor
 from radio.config import Config
 from radio.data.plan import Plan, seed_for
 from radio.targets.grid import to_grid
-from radio.targets.stream import PartitionBatch, StepBatch
+from radio.targets.stream import PartitionBatch, StepBatch, Target
 from radio.training.balance import Balance
+from radio.training.equivariance import mesa_loss, shift_equivariant_loss
 from radio.training.learner import Learner
-from radio.training.losses import FEATURE_LOSSES, SUMMARY_LOSSES, weighted_mean
+from radio.training.losses import FEATURE_LOSSES, RIGHT_ANGLE, SUMMARY_LOSSES, weighted_mean
 from radio.training.optim import learning_rate, set_learning_rate
 from radio.training.regularise import damp
-from student.model import Student
+from student.model import Student, StudentOutput
+from student.vit import VitOutput
 
+MESA = "average/mesa"  # the loss that is no teacher's
 PerView = dict[str, tuple[Tensor, Tensor]]  # loss [b] and number of valid positions [b], by name
 
 
@@ -45,7 +48,7 @@ def training_step(
     with noisy_weights(student, batch.step, config, device):
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
             parts = [
-                partition_losses(partition, student, config, device)
+                partition_losses(partition, learner, config, device)
                 for partition in batch.partitions
             ]
         total = total_loss(parts, learner.balance, batch.step, config)
@@ -60,7 +63,7 @@ def training_step(
 
 
 def partition_losses(
-    partition: PartitionBatch, student: Student, config: Config, device: torch.device
+    partition: PartitionBatch, learner: Learner, config: Config, device: torch.device
 ) -> PerView:
     """Return (loss [b], number of valid positions [b]) by loss name for one partition.
 
@@ -68,22 +71,50 @@ def partition_losses(
     then brought to the target's grid: the other order gives other gradients (lineage: cosine 0.79
     between them). Nothing here waits for the device.
     """
-    outputs = student(partition.images.to(device), partition.merge_per_block, partition.window)
+    images = partition.images.to(device)
+    tokens = learner.student.backbone(images, partition.merge_per_block, partition.window)
+    outputs = learner.student.predict(tokens)
     summary_loss = SUMMARY_LOSSES[config.losses.summary]
-    feature_loss = FEATURE_LOSSES[config.losses.feature]
     losses: PerView = {}
     for name, target in partition.targets.items():
         output, weights = outputs[name], config.teachers[name]
-        valid = target.valid.to(device)
         if weights.feature_weight:
-            features = target.features.to(device)
-            predicted = to_grid(output.features.float(), (valid.shape[-2], valid.shape[-1]))
-            per_view = feature_loss(predicted, features, valid)
-            losses[f"{name}/features"] = per_view, valid.flatten(1).sum(1)
+            losses[f"{name}/features"] = feature_losses(output, target, images, config)
         if weights.summary_weight and output.summary is not None and target.summary is not None:
-            per_view = summary_loss(output.summary.float(), target.summary.to(device))
+            spread = learner.dispersions.get(name, RIGHT_ANGLE)
+            per_view = summary_loss(output.summary.float(), target.summary.to(device), spread)
             losses[f"{name}/summary"] = per_view, torch.ones_like(per_view)
+    if partition.twin_images is not None:
+        losses[MESA] = average_losses(tokens, partition, learner, device)
     return losses
+
+
+def feature_losses(
+    output: StudentOutput, target: Target, images: Tensor, config: Config
+) -> tuple[Tensor, Tensor]:
+    """Return (loss [b], number of positions [b]) of a teacher's features.
+
+    Where the teacher saw another part of the crop, only what is common is compared (C-RADIOv4).
+    """
+    feature_loss = FEATURE_LOSSES[config.losses.feature]
+    features, valid = target.features.to(images.device), target.valid.to(images.device)
+    predicted = to_grid(output.features.float(), (valid.shape[-2], valid.shape[-1]))
+    if target.shift is None:
+        return feature_loss(predicted, features, valid), valid.flatten(1).sum(1)
+    patch = config.student.patch_size
+    patches = images.shape[-2] // patch, images.shape[-1] // patch
+    return shift_equivariant_loss(predicted, features, valid, target.shift, patches, feature_loss)
+
+
+def average_losses(
+    tokens: VitOutput, partition: PartitionBatch, learner: Learner, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return the student's (loss [b], positions [b]) against its own average (C-RADIOv4, MESA)."""
+    assert partition.twin_images is not None and partition.twin_shift is not None
+    images = partition.twin_images.to(device)
+    with torch.no_grad():
+        average = learner.result.backbone(images, partition.merge_per_block, partition.window)
+    return mesa_loss(tokens.features, average.features, partition.twin_shift)
 
 
 def averaged(parts: Sequence[PerView]) -> dict[str, Tensor]:
@@ -111,8 +142,8 @@ def total_loss(
         parts = [_balanced_views(part, weights, balance, generator) for part in parts]
     weighted = {name: weights[name] * loss for name, loss in averaged(parts).items()}
     if not balance.per_view:
-        factors = balance.weights(weighted, generator)
-        weighted = {name: factors[name] * loss for name, loss in weighted.items()}
+        factors = balance.weights(_of_teachers(weighted), generator)
+        weighted |= {name: factor * weighted[name] for name, factor in factors.items()}
     return torch.stack(list(weighted.values())).sum()
 
 
@@ -120,13 +151,19 @@ def _balanced_views(
     part: PerView, weights: Mapping[str, float], balance: Balance, generator: torch.Generator
 ) -> PerView:
     weighted = {name: weights[name] * loss for name, (loss, _) in part.items()}
-    factors = balance.weights(weighted, generator)
-    return {name: (factors[name] * loss, valid) for name, (loss, valid) in part.items()}
+    factors = balance.weights(_of_teachers(weighted), generator)
+    return part | {
+        name: (factor * part[name][0], part[name][1]) for name, factor in factors.items()
+    }
+
+
+def _of_teachers(losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: loss for name, loss in losses.items() if name != MESA}
 
 
 def loss_weights(config: Config) -> dict[str, float]:
     """Return the user's weight of every loss by its name."""
-    return {
+    return {MESA: config.losses.mesa_weight} | {
         f"{name}/{what}": weight
         for name, teacher in config.teachers.items()
         for what, weight in (

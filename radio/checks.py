@@ -1,0 +1,194 @@
+"""What contradicts itself in a configuration, said before anything is started."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from radio.errors import RadioError
+from radio.schema import Config, PartitionConfig, TeacherConfig, teachers_of
+
+STREAMS = ("local", "ray")
+PRECISIONS = ("float32", "bf16")
+VIEW_MODES = ("native", "match", "mosaic", "padded", "tiled", "sharpened")
+NEEDS = {"tiled": "native", "sharpened": "native", "padded": "mosaic"}  # of a teacher's own modes
+SQUARE = ("mosaic", "padded", "tiled")
+GRIDS = ("coarser", "larger")
+
+
+def check(config: Config) -> None:
+    """Refuse what cannot run, naming the keys, before anything is started."""
+    _one_of("stream", config.stream, STREAMS)
+    _one_of("student.precision", config.student.precision, PRECISIONS)
+    _one_of("losses.grid", config.losses.grid, GRIDS)
+    _check_shifts(config)
+    if not config.teachers:
+        raise RadioError(
+            "no teachers: choose an experiment (experiment=demo) or add one, "
+            "for example +teacher@teachers.clip=demo_clip"
+        )
+    if not config.stages:
+        raise RadioError("no stages: an experiment needs at least one stage with partitions")
+    if config.data.micro_batch < 1:
+        raise RadioError(f"data.micro_batch is {config.data.micro_batch}; it must be at least 1")
+    for number, stage in enumerate(config.stages):
+        for name, partition in stage.partitions.items():
+            _check_partition(config, f"stages[{number}].partitions.{name}", partition)
+        _check_stage(config, number)
+    for name, teacher in config.teachers.items():
+        _check_teacher(config, name, teacher)
+    unused = set(config.teachers) - set().union(*map(teachers_of, config.stages))
+    if unused:
+        names = ", ".join(sorted(unused))
+        raise RadioError(
+            f"no stage has views for teacher {names}; give it a view mode in a partition "
+            f"(stages.0.partitions.NAME.views), or take it out with ~teachers.{min(unused)}"
+        )
+
+
+def _check_teacher(config: Config, name: str, teacher: TeacherConfig) -> None:
+    patch, where = config.student.patch_size, f"teachers.{name}"
+    if teacher.upsample < 1 or patch % teacher.upsample:
+        raise RadioError(
+            f"{where}.upsample is {teacher.upsample}; it must divide student.patch_size, {patch}"
+        )
+    modes = {
+        mode
+        for stage in config.stages
+        for partition in stage.partitions.values()
+        for who, mode in partition.views.items()
+        if who == name
+    }
+    if teacher.upsampler is not None and "sharpened" not in modes:
+        raise RadioError(
+            f"{where}.upsampler is read in view mode 'sharpened' only, but no partition has it; "
+            f"set a partition's views.{name}=sharpened, or {where}.upsampler=null"
+        )
+
+
+def _check_shifts(config: Config) -> None:
+    margin, mesa = config.data.shift_margin, config.losses.mesa_weight
+    if margin < 0:
+        raise RadioError(f"data.shift_margin is {margin}; it must be 0 (no shifts) or more patches")
+    if mesa and not margin:
+        raise RadioError(
+            f"losses.mesa_weight is {mesa}, but with data.shift_margin=0 the student and its "
+            "average see the same crop; set data.shift_margin=2, for example, or "
+            "losses.mesa_weight=0"
+        )
+    if mesa and config.optimizer.ema_decay is None:
+        raise RadioError(
+            f"losses.mesa_weight is {mesa}, but there is no average to compare with; set "
+            "optimizer.ema_decay=0.999, for example, or losses.mesa_weight=0"
+        )
+    if "average" in config.teachers:
+        raise RadioError(
+            "teachers.average: the losses of the student's own average have this name; choose "
+            "another name for the teacher"
+        )
+
+
+def _check_stage(config: Config, number: int) -> None:
+    stage, where = config.stages[number], f"stages[{number}]"
+    if not 0 <= stage.frozen_trunk_steps <= stage.steps:
+        raise RadioError(
+            f"{where}.frozen_trunk_steps is {stage.frozen_trunk_steps}; it must lie between 0 and "
+            f"{where}.steps, {stage.steps}"
+        )
+    if number == 0 and stage.refit:
+        raise RadioError("stages[0].refit says nothing: the first stage always fits; take it away")
+    earlier = set().union(*map(teachers_of, config.stages[:number]))
+    new = teachers_of(stage) - earlier
+    if number and new and not stage.refit:
+        raise RadioError(
+            f"{where} is the first with teacher {', '.join(sorted(new))}, whose standardizer is "
+            f"not fitted yet; set {where}.refit=true"
+        )
+
+
+def _check_partition(config: Config, where: str, partition: PartitionConfig) -> None:
+    patch = config.student.patch_size
+    for size in (partition.image_size, *partition.image_sizes):
+        if size < patch or size % patch:
+            low = max(patch, size // patch * patch)
+            key = "image_size" if size == partition.image_size else "image_sizes"
+            raise RadioError(
+                f"{where}.{key} has {size}, no multiple of student.patch_size {patch}; "
+                f"the nearest are {low} and {low + patch}"
+            )
+    _check_window(config, where, partition)
+    _check_aspects(where, partition)
+    if partition.image_sizes and partition.image_size not in partition.image_sizes:
+        raise RadioError(
+            f"{where}.image_size is {partition.image_size}, the resolution that is measured, but "
+            f"{where}.image_sizes, those that are trained, has only {partition.image_sizes}"
+        )
+    if partition.batch < 1:
+        raise RadioError(f"{where}.batch is {partition.batch}; it must be at least 1")
+    unknown = sorted(set(partition.views) - set(config.teachers))
+    if unknown:
+        known = ", ".join(sorted(config.teachers))
+        raise RadioError(f"{where}.views names no teacher of this run: {unknown}; known: {known}")
+    if not partition.views:
+        raise RadioError(f"{where}.views is empty: name at least one teacher and its view mode")
+    for teacher, mode in partition.views.items():
+        _one_of(f"{where}.views.{teacher}", mode, VIEW_MODES)
+        offered = config.teachers[teacher].card.view_modes
+        if NEEDS.get(mode, mode) not in offered:
+            usable = [known for known in VIEW_MODES if NEEDS.get(known, known) in offered]
+            raise RadioError(
+                f"{where}.views.{teacher} is '{mode}', but teacher '{teacher}' "
+                f"({config.teachers[teacher].kind}) offers: {', '.join(usable)}"
+            )
+        weight = config.teachers[teacher].summary_weight
+        if mode == "mosaic" and weight != 0:
+            raise RadioError(
+                f"{where}.views.{teacher} is 'mosaic', so teachers.{teacher}.summary_weight must "
+                f"be 0 (it is {weight}): a canvas of several views has no summary of one view"
+            )
+
+
+def _check_aspects(where: str, partition: PartitionConfig) -> None:
+    if not partition.aspects:
+        return
+    if min(partition.aspects) <= 0:
+        raise RadioError(
+            f"{where}.aspects is {partition.aspects}; each is a view's width over its height, "
+            "for example [0.75, 1.0, 1.333]"
+        )
+    squares = sorted(name for name, mode in partition.views.items() if mode in SQUARE)
+    if squares:
+        mode = partition.views[squares[0]]
+        raise RadioError(
+            f"{where}.aspects gives views that are not square, but {where}.views.{squares[0]} is "
+            f"'{mode}', which needs squares; set {where}.aspects=[] or another view mode"
+        )
+    if partition.window is not None:
+        raise RadioError(
+            f"{where}.aspects gives grids that {where}.window={partition.window} may not tile; "
+            f"set {where}.aspects=[] or {where}.window=null"
+        )
+
+
+def _check_window(config: Config, where: str, partition: PartitionConfig) -> None:
+    """Refuse a window that does not tile every grid, or that meets token merging."""
+    if partition.window is None:
+        return
+    merge = partition.merge_per_block
+    if config.student.merge_per_block if merge is None else merge:
+        raise RadioError(
+            f"{where}.window goes with no token merging; set {where}.merge_per_block=0, or "
+            f"{where}.window=null"
+        )
+    for size in (partition.image_size, *partition.image_sizes):
+        side = size // config.student.patch_size
+        if partition.window < 1 or side % partition.window:
+            fits = ", ".join(str(w) for w in range(1, side + 1) if side % w == 0)
+            raise RadioError(
+                f"{where}.window is {partition.window}, but {size} px are {side} tokens along a "
+                f"side; windows that fit: {fits}"
+            )
+
+
+def _one_of(key: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise RadioError(f"{key} is '{value}'; known: {', '.join(known)}")
