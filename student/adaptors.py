@@ -22,6 +22,10 @@ class MlpAdaptor(nn.Module):
 
     Depth counts the Linears. Upstream: NVlabs/RADIO `adaptor_mlp.py`, MLP2, with its key names.
     ValueError for a depth under 2. `hidden_dim` None means `in_dim`.
+
+    Recipe: MLP adaptors; AM-RADIO (2312.06709) section 3.2; student.adaptor_kind=mlp,
+    student.adaptor_depth, student.adaptor_hidden;
+    tests/test_student.py::test_adaptors_keys_depth_and_arithmetic.
     """
 
     def __init__(
@@ -61,6 +65,9 @@ class AttentionAdaptor(nn.Module):
 
     Upstream: NVlabs/RADIO `adaptor_attn.py`, AttnFDHead, with its key names (timm's block, no bias
     in qkv). ValueError for a width that 16 heads cannot share.
+
+    Recipe: attention adaptors; NVlabs/RADIO radio/adaptor_attn.py; student.adaptor_kind=attention;
+    tests/test_adaptors.py::test_an_attention_adaptor_is_upstreams.
     """
 
     def __init__(self, in_dim: int, out_dim: int, hidden_dim: int | None = None) -> None:
@@ -116,6 +123,9 @@ def upsampled(
     """Spread each token's (u1 u2 c) outputs over u x u positions: [B, h, w, uuc] to [B, hu, wu, c].
 
     Upstream: NVlabs/RADIO `adaptor_mlp.py`, MLP2's `upsample_factor`.
+
+    Recipe: adaptors finer than the patches; NVlabs/RADIO radio/adaptor_mlp.py; teachers.*.upsample;
+    tests/test_adaptors.py::test_upsampling_is_upstreams.
     """
     if factor == 1:
         return tokens

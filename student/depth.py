@@ -19,6 +19,9 @@ def drop_path_rates(last: float, depth: int) -> list[float]:
     """Return each block's rate, growing linearly from 0 to `last`; timm's rule.
 
     ValueError for a rate outside [0, 1).
+
+    Recipe: drop path; Stochastic depth (1603.09382); student.drop_path;
+    tests/test_student_options.py::test_blocks_drop_as_timms_do.
     """
     if not 0 <= last < 1:
         raise ValueError(f"drop_path is {last}, expected 0 (off) or more and less than 1.")

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from student.adaptors import MlpAdaptor, feature_adaptor, upsampled
 from student.spectral import spectral_reparametrise
-from student.timm_backbone import load_timm
+from student.timm_trunk import TimmTrunk, build_trunk
 from student.vit import SIZES, VisionTransformer, VitOutput
+from student.warm_start import warm_start
 from student.windows import NUM_GLOBAL
 
 Value = TypeVar("Value", int, str)
@@ -80,11 +81,15 @@ class Student(nn.Module):
 
     `adaptor_kind` (mlp or attention) and `upsample` of the feature adaptors are one value for all
     teachers, or values by name (mlp and 1 for a teacher that is not named).
+
+    Recipe: a CLS row for each teacher with a summary; AM-RADIO (2312.06709);
+    teachers.*.summary_weight;
+    tests/test_student.py::test_every_teacher_gets_its_shapes_and_its_own_cls_row.
     """
 
     def __init__(
         self,
-        backbone: VisionTransformer,
+        backbone: VisionTransformer | TimmTrunk,
         dims: Mapping[str, TeacherDims],
         adaptor_hidden: int | None = None,
         adaptor_depth: int = 2,
@@ -124,7 +129,11 @@ class Student(nn.Module):
         return self.predict(self.backbone(images, merge_per_block, window))
 
     def predict(self, output: VitOutput) -> dict[str, StudentOutput]:
-        """Return every teacher's prediction from the backbone's tokens."""
+        """Return every teacher's prediction from the backbone's tokens.
+
+        Recipe: projection before any resize or shift; NVIDIA-TAO/tao-pytorch; always;
+        tests/test_recipe.py::test_the_student_projects_before_anything_is_resized.
+        """
         return {name: adaptor(output) for name, adaptor in self.adaptors.items()}
 
 
@@ -147,8 +156,29 @@ def num_registers_for(num_cls: int) -> int:
     """Return the registers that fill up to a multiple of 8; 8 when the CLS rows do already.
 
     That is NVIDIA's rule (`register_multiple`), which other readers of the weights count by.
+
+    Recipe: registers up to a multiple; NVlabs/RADIO radio/cls_token.py; always;
+    tests/test_student.py::test_registers_fill_up_to_eight.
     """
     return REGISTER_MULTIPLE - num_cls % REGISTER_MULTIPLE
+
+
+def refuse_for_timm(
+    backbone: str, layer_scale: float | None, num_windowed: int | None, computes_twice: bool
+) -> None:
+    """Refuse (ValueError) what a timm backbone would not follow, rather than leave it out."""
+    options = {"layer_scale": layer_scale, "num_windowed": num_windowed}
+    for option, value in options.items():
+        if value is not None:
+            raise ValueError(
+                f"student.{option} is {value} and student.backbone {backbone!r}; it is our own "
+                f"ViT's: set student.{option} or student.backbone to null."
+            )
+    if computes_twice:  # timm's second run would take another step of power iteration
+        raise ValueError(
+            f"student.backbone {backbone!r} cannot have both student.spectral and "
+            "student.checkpointing; set one of them to false."
+        )
 
 
 def build_student(
@@ -168,29 +198,43 @@ def build_student(
     num_global: int = NUM_GLOBAL,
     adaptor_kind: str | Mapping[str, str] = "mlp",
     upsample: int | Mapping[str, int] = 1,
+    backbone: str | None = None,
 ) -> Student:
-    """Build a student of a named size; `init` is a timm ViT's name or weight file, or None.
+    """Build a student of a named size, or on any timm model where `backbone` names one.
 
-    ValueError for an unknown size, naming the known ones.
+    `init` is what the backbone starts from (the adaptors are always new): an encoder folder,
+    NVIDIA's `.pth.tar`, a timm ViT's name or weight file (see warm_start); of a timm `backbone`
+    its weight file, or "pretrained" (see build_trunk). A timm `backbone` has no use for `size`,
+    `image_size` and `num_global`.
+    ValueError for an unknown size, naming the known ones, and for an option that the backbone
+    cannot follow.
     """
-    if size not in SIZES:
-        raise ValueError(f"Student size {size!r} is unknown; known: {', '.join(SIZES)}.")
     num_cls = max(1, sum(dim.summary_dim is not None for dim in dims.values()))
-    backbone = VisionTransformer(
-        SIZES[size],
-        patch_size=patch_size,
-        image_size=image_size,
-        num_cls=num_cls,
-        num_registers=num_registers_for(num_cls),
-        layer_scale=layer_scale,
-        drop_path=drop_path,
-        checkpointing=checkpointing,
-        num_windowed=num_windowed,
-        num_global=num_global,
-    )
-    if init is not None:
-        load_timm(backbone, init)
-    student = Student(backbone, dims, adaptor_hidden, adaptor_depth, adaptor_kind, upsample)
+    shared: dict[str, Any] = {
+        "patch_size": patch_size,
+        "num_cls": num_cls,
+        "drop_path": drop_path,
+        "checkpointing": checkpointing,
+    }
+    body: VisionTransformer | TimmTrunk
+    if backbone is not None:
+        refuse_for_timm(backbone, layer_scale, num_windowed, spectral and checkpointing)
+        body = build_trunk(backbone, init, **shared)
+    elif size not in SIZES:
+        raise ValueError(f"Student size {size!r} is unknown; known: {', '.join(SIZES)}.")
+    else:
+        body = VisionTransformer(
+            SIZES[size],
+            image_size=image_size,
+            num_registers=num_registers_for(num_cls),
+            layer_scale=layer_scale,
+            num_windowed=num_windowed,
+            num_global=num_global,
+            **shared,
+        )
+        if init is not None:
+            warm_start(body, init)
+    student = Student(body, dims, adaptor_hidden, adaptor_depth, adaptor_kind, upsample)
     if spectral:
         spectral_reparametrise(student)  # last: it starts from the weights that are there
     return student

@@ -35,6 +35,10 @@ def eval_positions(
 
     The table is resized bilinearly to a square of the longer side, in float32, then its top left
     is cut out. NVIDIA's checkpoints before v3's fix of June 2025 want `align_corners=True`.
+
+    Recipe: CPE in use, the resized table's top left; NVlabs/RADIO radio/vit_patch_generator.py;
+    student.image_size;
+    tests/test_positions.py::test_eval_is_bilinear_to_the_longer_side_then_the_top_left.
     """
     image = as_image(table)
     if (height, width) == tuple(image.shape[-2:]):
@@ -91,6 +95,10 @@ def train_positions(
     """Return every sample's positions through a random viewport of its own.
 
     A grid as large as the table takes it as it is (one row, for all samples), as upstream does.
+
+    Recipe: CPE in training, a random viewport of the table; NVlabs/RADIO
+    radio/vit_patch_generator.py; student.image_size;
+    tests/test_positions.py::test_a_viewport_of_a_ramp_shows_its_own_coordinates.
     """
     if height == width and height * width == table.shape[1]:
         return table

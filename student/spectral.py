@@ -37,6 +37,9 @@ def spectral_reparametrise(module: nn.Module) -> None:
     """Reparametrise every Linear below `module` in place, but the patch projection, as upstream.
 
     The weights stay what they are; `qkv` gets a factor for each of its three parts.
+
+    Recipe: spectral reparametrisation; PHI-S (2410.01680) section A.7; student.spectral;
+    tests/test_spectral.py::test_the_factor_is_the_spectral_norm.
     """
     for name, linear in list(module.named_modules()):
         if not isinstance(linear, nn.Linear) or "patch_generator" in name:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,15 +10,14 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from timm.layers.patch_embed import resample_patch_embed
-from torch import Tensor
 
+from student.radio_layout import State
 from student.vit import CLIP_MEAN, CLIP_STD, LayerScale, VisionTransformer
+from student.weight_files import SUFFIXES, read_file
 
 # Parts of some timm ViTs that compute something which the backbone has no place for.
 UNSUPPORTED = ("norm_pre.", ".q_norm.", ".k_norm.", ".w12.", "fc1_g.", ".mlp.norm.", "attn.norm.")
-SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 
 
 def load_timm(
@@ -34,19 +32,33 @@ def load_timm(
     for a file CLIP's unless given. It is folded into the patch projection, the projection's bias
     into the position table, and every CLS row starts as timm's CLS token with its position.
     FileNotFoundError or ValueError when the source is missing or of another shape.
+
+    Recipe: start from a timm ViT; PHI-S (2410.01680); student.init;
+    tests/test_student.py::test_a_timm_vit_goes_in_exactly.
     """
     state, known_mean, known_std = _read(source)
-    _check_shape(backbone, state, str(source))
-    _load_patches(backbone, state, mean or known_mean, std or known_std)
-    _load_positions(backbone, state, str(source))
+    load_timm_state(backbone, state, str(source), mean or known_mean, std or known_std)
+
+
+def load_timm_state(
+    backbone: VisionTransformer,
+    state: State,
+    source: str,
+    mean: Sequence[float] = CLIP_MEAN,
+    std: Sequence[float] = CLIP_STD,
+) -> None:
+    """Copy a timm ViT's state dict into the backbone as `load_timm` does; `source` is its name."""
+    _check_shape(backbone, state, source)
+    _load_patches(backbone, state, mean, std)
+    _load_positions(backbone, state, source)
     for index in range(backbone.shape.depth):
         _load_block(backbone, state, index)
 
 
-def _read(source: str | Path) -> tuple[dict[str, Tensor], Sequence[float], Sequence[float]]:
+def _read(source: str | Path) -> tuple[State, Sequence[float], Sequence[float]]:
     path = Path(source)
     if path.is_file():
-        return _read_file(path), CLIP_MEAN, CLIP_STD
+        return read_file(path)[0], CLIP_MEAN, CLIP_STD
     if path.suffix in SUFFIXES:
         raise FileNotFoundError(
             f"The weight file {path} does not exist; give an existing one or a timm model's name."
@@ -62,25 +74,7 @@ def _read(source: str | Path) -> tuple[dict[str, Tensor], Sequence[float], Seque
     return dict(model.state_dict()), config["mean"], config["std"]
 
 
-def _read_file(path: Path) -> dict[str, Tensor]:
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} holds more than tensors, and unpickling that would run its code; "
-            "save the model's state_dict() as safetensors."
-        ) from error
-    for wrapper in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    if not isinstance(state, dict):
-        raise ValueError(f"{path} holds a {type(state).__name__}, expected a state dict.")
-    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
-
-
-def _check_shape(backbone: VisionTransformer, state: dict[str, Tensor], source: str) -> None:
+def _check_shape(backbone: VisionTransformer, state: State, source: str) -> None:
     needed = ("patch_embed.proj.weight", "pos_embed", "blocks.0.attn.qkv.weight")
     missing = [name for name in needed if name not in state]
     if missing:
@@ -107,7 +101,7 @@ def _check_shape(backbone: VisionTransformer, state: dict[str, Tensor], source: 
 @torch.no_grad()
 def _load_patches(
     backbone: VisionTransformer,
-    state: dict[str, Tensor],
+    state: State,
     mean: Sequence[float],
     std: Sequence[float],
 ) -> None:
@@ -125,7 +119,7 @@ def _load_patches(
 
 
 @torch.no_grad()
-def _load_positions(backbone: VisionTransformer, state: dict[str, Tensor], source: str) -> None:
+def _load_positions(backbone: VisionTransformer, state: State, source: str) -> None:
     """Add timm's resampled positions to the table; set CLS rows and registers."""
     cls = state.get("cls_token")
     registers = state.get("reg_token")
@@ -159,7 +153,7 @@ def _load_positions(backbone: VisionTransformer, state: dict[str, Tensor], sourc
 
 
 @torch.no_grad()
-def _load_block(backbone: VisionTransformer, state: dict[str, Tensor], index: int) -> None:
+def _load_block(backbone: VisionTransformer, state: State, index: int) -> None:
     """Set one block; LayerScale stays where the backbone has it and is folded where not."""
     block = backbone.blocks[index]
     start = f"blocks.{index}."

@@ -107,7 +107,11 @@ def window_strides(grid: tuple[int, int], num_tokens: int) -> tuple[int, int]:
 
 
 def windowed(grid: tuple[int, int], num_tokens: int, device: torch.device) -> Tensor:
-    """Return tomesd's split without its randomness: each window's top left is the destination."""
+    """Return tomesd's split without its randomness: each window's top left is the destination.
+
+    Recipe: a destination in each window of the picture; ToMe SD (2303.17604); encode(merge_to);
+    tests/test_token_merging.py::test_uniform_regions_merge_into_their_window.
+    """
     sy, sx = window_strides(grid, num_tokens)
     rows = torch.arange(grid[0], device=device) % sy == 0
     columns = torch.arange(grid[1], device=device) % sx == 0
@@ -133,6 +137,9 @@ def merge_tokens(
 
     With `grid` (rows, columns) destinations are spread over the picture and one round reaches any
     count; without, alternating tokens merge, in as many rounds as halving needs.
+
+    Recipe: token merging once, to a fixed count; RADIOv2.5 (2412.07679); encode(merge_to);
+    tests/test_token_merging.py::test_mass_count_and_groups.
     """
     _check(features.shape, num_tokens, grid)
     batch, count, _ = features.shape
@@ -158,6 +165,10 @@ class BlockMerging:
 
     Prefix tokens (CLS and registers) are never merged: upstream protects only the first, and
     an encoder with several would lose them.
+
+    Recipe: token merging in every block; ToMe (2210.09461); student.merge_per_block,
+    stages[].partitions.*.merge_per_block;
+    tests/test_token_merging.py::test_blocks_compose_and_stop_at_one_token.
     """
 
     def __init__(
@@ -172,7 +183,12 @@ class BlockMerging:
         self._has_merged = False
 
     def key_bias(self, dtype: torch.dtype) -> Tensor | None:
-        """Return log sizes [B, 1, 1, tokens] for the key logits; None while all sizes are 1."""
+        """Return log sizes [B, 1, 1, tokens] for the key logits; None while all sizes are 1.
+
+        Recipe: proportional attention; ToMe (2210.09461); student.merge_per_block,
+        stages[].partitions.*.merge_per_block;
+        tests/test_token_merging.py::test_proportional_attention_is_exact_for_duplicates.
+        """
         if not self._has_merged:
             return None
         return F.pad(self.sizes.log(), (self.num_prefix, 0))[:, None, None, :].to(dtype)

@@ -6,6 +6,7 @@ Upstream: NVlabs/RADIO `vit_patch_generator.py`, `cls_token.py`; timm's ViT bloc
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -83,10 +84,10 @@ class InputConditioner(nn.Module):
     norm_mean: Tensor
     norm_std: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD) -> None:
         super().__init__()
-        self.register_buffer("norm_mean", torch.tensor(CLIP_MEAN).view(3, 1, 1))
-        self.register_buffer("norm_std", torch.tensor(CLIP_STD).view(3, 1, 1))
+        self.register_buffer("norm_mean", torch.tensor(list(mean)).view(3, 1, 1))
+        self.register_buffer("norm_std", torch.tensor(list(std)).view(3, 1, 1))
 
     def forward(
         self, images: UInt8[Tensor, "b 3 h w"] | Float[Tensor, "b 3 h w"]
@@ -200,7 +201,11 @@ class Mlp(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """A learned factor per channel, `gamma` [C]."""
+    """A learned factor per channel, `gamma` [C].
+
+    Recipe: LayerScale; CaiT (2103.17239); student.layer_scale;
+    tests/test_student.py::test_a_timm_vit_goes_in_exactly.
+    """
 
     def __init__(self, width: int, value: float) -> None:
         super().__init__()
@@ -273,7 +278,7 @@ class VisionTransformer(nn.Module):
         super().__init__()
         if shape.width % shape.heads:
             raise ValueError(f"Width {shape.width} cannot be split among {shape.heads} heads.")
-        _check_side(image_size, patch_size)
+        check_side(image_size, patch_size)
         self.shape = shape
         self.width = shape.width
         self.patch_size = patch_size
@@ -304,7 +309,7 @@ class VisionTransformer(nn.Module):
         sizes that are no multiple of the patch or the window, and for both options at once.
         """
         for side in images.shape[-2:]:
-            _check_side(side, self.patch_size)
+            check_side(side, self.patch_size)
         rows, columns = (side // self.patch_size for side in images.shape[-2:])
         if window is not None:
             check_window(window, (rows, columns), self.patch_size, merge_per_block)
@@ -354,7 +359,8 @@ class VisionTransformer(nn.Module):
         return self._run(block, tokens, None, num_windows)[0]
 
 
-def _check_side(side: int, patch_size: int) -> None:
+def check_side(side: int, patch_size: int) -> None:
+    """Refuse (ValueError) a side in px that is no multiple of the patch, naming the nearest."""
     if side >= patch_size and side % patch_size == 0:
         return
     below = side // patch_size * patch_size

@@ -22,6 +22,9 @@ def windowed_blocks(depth: int, num_windowed: int | None, num_global: int) -> li
 
     `num_windowed` windowed blocks go before each global one, or, when that is None, as many as
     make about `num_global` global ones. ValueError for counts that make no sense.
+
+    Recipe: which blocks stay global; NVlabs/RADIO radio/vitdet.py; student.num_windowed,
+    student.num_global; tests/test_windows.py::test_blocks_alternate_as_upstreams.
     """
     if num_global < 1 or (num_windowed is not None and num_windowed < 0):
         raise ValueError(
@@ -82,6 +85,10 @@ def through_windows(
 
     One permutation on the way in and one on the way out; prefix tokens, which are those before
     the grid's, only go through the global blocks.
+
+    Recipe: windowed attention; ViTDet (2203.16527); stages[].partitions.*.window,
+    student.num_windowed, student.num_global;
+    tests/test_windows.py::test_windows_are_a_masked_attention.
     """
     num_patches = grid[0] * grid[1]
     num_prefix = tokens.shape[1] - num_patches

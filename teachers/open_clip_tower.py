@@ -1,4 +1,4 @@
-"""Building the visual tower of an open_clip model; the text tower is dropped."""
+"""Building an open_clip model, whole for its text tower or the visual tower alone."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
@@ -23,12 +24,12 @@ def register_models() -> None:
     open_clip.add_model_config(MODELS)
 
 
-def build_visual(
+def build_whole(
     name: str, model: str, image_size: int | None, pretrained: str | None, seed: int
-) -> tuple[nn.Module, int]:
-    """Return the visual tower and its side in px.
+) -> tuple[Any, Path | None]:
+    """Return both towers, and the local file that is still to be loaded into them.
 
-    Raises ValueError for an unknown model, a checkpoint of another one, or a tag when offline.
+    Raises ValueError for an unknown model, or a tag that it does not have or that is offline.
     """
     register_models()
     if model not in open_clip.list_models():
@@ -54,13 +55,24 @@ def build_visual(
             force_image_size=image_size,
             device=torch.get_default_device(),
         )
+    return whole, path
+
+
+def build_visual(
+    name: str, model: str, image_size: int | None, pretrained: str | None, seed: int
+) -> tuple[nn.Module, int]:
+    """Return the visual tower and its side in px.
+
+    Raises ValueError for an unknown model, a checkpoint of another one, or a tag when offline.
+    """
+    whole, path = build_whole(name, model, image_size, pretrained, seed)
     visual = whole.visual
     assert isinstance(visual, nn.Module)
     if path is not None:
         state = load_state(path)
         towers = {k.removeprefix(VISUAL): v for k, v in state.items() if k.startswith(VISUAL)}
         load_strictly(name, visual, towers, str(path))
-    elif tag is None:
+    elif pretrained is None:
         redraw_constants(visual, seed)
     side = visual.image_size
     assert isinstance(side, tuple)

@@ -266,6 +266,7 @@ def test_each_head_reads_its_own_row(encoder: Encoder) -> None:
     assert encoder.feature_dims == {
         "summary": 192, "features": 96, "words:summary": 12, "words:features": 8,
         "parts:summary": 6, "parts:features": 7, "edges:features": 10,
+        **{f"layer_{index}:features": 96 for index in range(3)},
     }  # fmt: skip
 
 

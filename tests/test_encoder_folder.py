@@ -66,7 +66,8 @@ def test_the_config_is_transformers_own(small: Path) -> None:
     assert isinstance(config, RadioConfig)
     ours = json.loads((small / "config.json").read_text())
     known = RadioConfig().to_dict()
-    extra = {"adaptors", "origin", "cpe_align_corners"}
+    windows = {"vitdet_num_windowed", "vitdet_num_global"}
+    extra = {"adaptors", "origin", "cpe_align_corners", *windows}
     assert set(ours) - set(known) == extra, "neither RadioConfig's nor ours"
     derived = {"patch_dim", "video_patch_dim"}
     assert set(known) - set(ours) <= {*PreTrainedConfig().to_dict(), *derived}

@@ -227,9 +227,15 @@ def test_the_config_says_what_was_fused(run: Path, fused: Path) -> None:
     assert "summary_dim" not in config["adaptors"]["edges"]
     assert (config["num_cls_tokens"], config["num_registers"]) == (2, 6)
     assert config["image_size"] == 64 and config["origin"]["step"] == 1
+    assert (config["vitdet_num_windowed"], config["vitdet_num_global"]) == (None, 4)
+    checkpoint = find_checkpoint(run).config
+    for name, block in config["adaptors"].items():
+        assert block["options"] == checkpoint.teachers[name].options
+        assert (block["kind"], block["pretrained"], block["seed"]) == ("fake", None, 0)
     fingerprint = find_checkpoint(run).state["teachers"]["words"]["fingerprint"]
     assert config["adaptors"]["words"]["fingerprint"] == fingerprint
     card = (fused / "README.md").read_text()
+    assert "| fake | seeded, not trained | 12 |" in card
     assert fingerprint[:12] in card and 'features=("summary", "words:summary"' in card
 
 

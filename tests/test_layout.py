@@ -9,19 +9,20 @@ from test_student import small_vit
 from torch import nn
 from torch.nn.utils import parametrize
 
-from radio.encoder.layout import (
+from radio.encoder import layout
+from radio.encoder.layout import head_problem
+from radio.errors import RadioError
+from student.adaptors import MlpAdaptor
+from student.radio_layout import (
     LAYER_SCALE_KEY,
     SUMMARY_ROWS,
     below,
     clean_backbone,
     fold_layer_scale,
     from_disk,
-    head_problem,
     materialise_spectral,
     to_disk,
 )
-from radio.errors import RadioError
-from student.adaptors import MlpAdaptor
 
 State = dict[str, torch.Tensor]
 
@@ -101,8 +102,11 @@ def test_normalisation_of_any_shape_becomes_three_by_one_by_one() -> None:
     ],
 )
 def test_a_backbone_that_we_cannot_hold_is_named(key: str, what: str) -> None:
+    state = {**small_vit().state_dict(), key: random(1)}
+    with pytest.raises(ValueError, match=rf"{what}.*'{key}'"):
+        clean_backbone(state)
     with pytest.raises(RadioError, match=rf"{what}.*'{key}'"):
-        clean_backbone({**small_vit().state_dict(), key: random(1)})
+        layout.clean_backbone(state)
 
 
 # LayerScale
@@ -240,8 +244,11 @@ def test_a_scale_that_was_padded_counts_by_its_first_column() -> None:
 
 
 def test_an_unknown_spectral_version_is_refused() -> None:
+    state = spectral(torch.ones(1, 1), _sn_version=torch.tensor(3))
+    with pytest.raises(ValueError, match="version 3 is unknown"):
+        materialise_spectral(state)
     with pytest.raises(RadioError, match="version 3 is unknown"):
-        materialise_spectral(spectral(torch.ones(1, 1), _sn_version=torch.tensor(3)))
+        layout.materialise_spectral(state)
 
 
 def test_noise_parametrizations_leave_the_weight() -> None:

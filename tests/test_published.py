@@ -20,7 +20,7 @@ from transformers import AutoModel
 
 import radio
 from radio.encoder.folder import read_weights
-from radio.encoder.published import published_with_aligned_corners
+from radio.encoder.published import published_with_aligned_corners, windows_of
 from radio.errors import RadioError
 from student.vit import VisionTransformer, VitShape
 
@@ -173,7 +173,7 @@ def test_it_fuses_into_a_folder_that_transformers_loads(tmp_path: Path) -> None:
     assert config["origin"] == {
         "file": "v4.pth.tar", "arch": "vit_tiny_patch16_224", "weights": "state_dict_ema",
     }  # fmt: skip
-    assert config["adaptors"]["clip"]["model"] == "clip-model"
+    assert config["adaptors"]["clip"]["options"] == {"model": "clip-model"}
     assert "clip-model" in (folder / "README.md").read_text()
 
 
@@ -233,13 +233,87 @@ def test_heads_that_cannot_be_held_are_left_out_with_the_reason(
     assert "The head clip:features is left out" in (folder / "README.md").read_text()
 
 
-def test_a_head_that_makes_more_positions_is_left_out(tmp_path: Path) -> None:
+def spread(values: torch.Tensor, factor: int, grid: tuple[int, int]) -> torch.Tensor:
+    """Place each output by itself, as `b (h w) (u1 u2 c) -> b (h u1 w u2) c` of upstream says."""
+    (rows, columns), channels = grid, values.shape[2] // factor**2
+    fine = values.new_zeros(len(values), rows * factor, columns * factor, channels)
+    for row in range(rows):
+        for column in range(columns):
+            for one in range(factor):
+                for two in range(factor):
+                    start = (one * factor + two) * channels
+                    part = values[:, row * columns + column, start : start + channels]
+                    fine[:, row * factor + one, column * factor + two] = part
+    return fine.flatten(1, 2)
+
+
+@pytest.mark.parametrize("factor", [2, 3])
+def test_a_head_that_makes_more_positions_is_read(factor: int, tmp_path: Path) -> None:
+    teachers = [teacher("clip", fd_upsample_factor=factor), *THREE[1:]]
+    features = head(192, 5 * factor**2, 3, 1)
+    heads = {"_heads.clip": head(192, 6), "_feature_projections.clip": features}
+    path = write_pth(tmp_path / "v4.pth.tar", heads, teachers)
+    images = photographs(2, 48, 64)
+    with torch.no_grad():
+        patches = backbone().eval()(images).features.flatten(2).transpose(1, 2)
+        expected = spread(as_module(features)(patches), factor, (3, 4))
+    for source in (path, radio.fuse(path, tmp_path / "encoder")):
+        encoder = radio.load(source)
+        assert encoder.upsample["clip"] == factor and encoder.feature_dims["clip:features"] == 5
+        found = encoder.encode(images, "clip:features")["clip:features"]
+        assert rms_error(found, expected) < 5e-6
+
+
+def test_outputs_that_are_no_whole_positions_are_left_out(tmp_path: Path) -> None:
     teachers = [teacher("clip", fd_upsample_factor=2), *THREE[1:]]
-    heads = {"_heads.clip": head(192, 5), "_feature_projections.clip": head(192, 20)}
+    heads = {"_heads.clip": head(192, 5), "_feature_projections.clip": head(192, 21)}
     encoder = radio.load(write_pth(tmp_path / "v4.pth.tar", heads, teachers))
-    with pytest.raises(RadioError, match="makes 2 x 2 positions of each patch"):
+    with pytest.raises(RadioError, match="its 21 outputs are no 2 x 2 positions of each patch"):
         encoder.encode(photographs(1), "clip:features")
     assert "clip:summary" in encoder.feature_names
+
+
+@pytest.mark.parametrize(
+    ("label", "windows"),
+    [
+        ("radio_v2.pth.tar", {"num_windowed": 5}),
+        ("radio_v2.1_bf16.pth.tar", {"num_windowed": 5}),
+        ("radio_v2.5-b_half.pth.tar", {}),
+        ("c-radio_v2-vlm-h_half.pth.tar", {"num_global": 8}),
+        ("c-radio_v2-h.pth.tar", {}),
+        ("e-radio_v2.pth.tar", {}),
+        ("c-radio_v4-h", {}),
+        ("None", {}),
+    ],
+)
+def test_which_blocks_of_a_checkpoint_are_windowed(label: str, windows: dict[str, int]) -> None:
+    assert windows_of(label) == windows
+
+
+def test_the_windows_of_a_checkpoint_reach_the_backbone(tmp_path: Path) -> None:
+    weights = read_weights(write_pth(tmp_path / "radio_v2.1.pth.tar"))
+    assert (weights.num_windowed, weights.num_global) == (5, 4)
+    folder = radio.fuse(tmp_path / "radio_v2.1.pth.tar", tmp_path / "encoder")
+    assert read_weights(folder).num_windowed == 5
+
+
+def test_a_checkpoint_says_which_text_tower_goes_with_it(tmp_path: Path) -> None:
+    teachers = [
+        teacher("clip", pretrained="dfn5b"),
+        teacher("siglip2-g", "siglip2", model="siglip2-g-384"),
+        teacher("dino", "dino_v2"),
+    ]
+    heads = {f"_heads.{name}": head(192, 5) for name in ("clip", "siglip2-g", "dino")}
+    found = read_weights(write_pth(tmp_path / "v4.pth.tar", heads, teachers)).teachers
+    assert found["clip"].facts == {
+        "kind": "open_clip", "options": {"model": "clip-model"}, "pretrained": "dfn5b",
+    }  # fmt: skip
+    assert found["siglip2-g"].facts["pretrained"] == "google/siglip2-giant-opt-patch16-384"
+    encoder = radio.load(tmp_path / "v4.pth.tar")
+    with pytest.raises(RadioError, match=r"'dino' has no text tower.*: clip, siglip2-g"):
+        encoder.encode_text("a cat", "dino")
+    with pytest.raises(RadioError, match="open_clip has no model 'clip-model'"):
+        encoder.encode_text("a cat")
 
 
 # teachers, slots, rows

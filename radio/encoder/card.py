@@ -73,12 +73,11 @@ def model_card(weights: EncoderWeights) -> str:
 
 def _row(name: str, teacher: TeacherHeads) -> str:
     facts: dict[str, Any] = {"kind": "-", "fingerprint": "-", **teacher.facts}
-    trained = facts.get("pretrained", facts.get("model", "not stated")) or "seeded, not trained"
     dims = {kind: str(teacher.dim(kind)) for kind in teacher.states}
     cells = (
         name,
         facts["kind"],
-        trained,
+        _trained(facts),
         dims.get("summary", "-"),
         dims.get("features", "-"),
         "-" if teacher.cls_row is None else teacher.cls_row,
@@ -86,6 +85,14 @@ def _row(name: str, teacher: TeacherHeads) -> str:
         f"`{facts['fingerprint'][:12]}`",
     )
     return f"| {' | '.join(map(str, cells))} |"
+
+
+def _trained(facts: dict[str, Any]) -> str:
+    """Return the upstream model, where the options name it, and its weights."""
+    if "pretrained" in facts and facts["pretrained"] is None:
+        return "seeded, not trained"
+    named = (facts.get("options", facts).get("model"), facts.get("pretrained"))
+    return ", ".join(str(part) for part in named if part) or "not stated"
 
 
 def _notes(weights: EncoderWeights) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
@@ -13,10 +14,14 @@ from torch import Tensor, nn
 
 from radio.encoder.folder import read_weights
 from radio.encoder.images import Picture, Pixels, Size, batches_of, check_size, pair
+from radio.encoder.layers import layer_name, layer_names, patches_of, tokens_after
+from radio.encoder.text import TextSource
 from radio.encoder.weights import EncoderWeights, build_backbone, build_heads
 from radio.errors import RadioError
 from student.adaptors import upsampled
-from student.token_merging import merge_tokens
+from student.token_merging import merge_by, merge_tokens
+from student.windows import check_window
+from teachers.text import TextTower
 
 BATCH = 16  # pictures of a list per forward
 
@@ -59,6 +64,12 @@ class Encoder(nn.Module):
             for kind, why in teacher.left_out.items()
         }
         self._fingerprint: str | None = None
+        self._text = {
+            name: TextSource(name, teacher.facts, teacher.dim("summary"))
+            for name, teacher in weights.teachers.items()
+            if "summary" in teacher.states
+        }
+        self._towers: dict[str, TextTower] = {}  # no submodules: they are no part of the encoder
         self.eval()
 
     def train(self, mode: bool = True) -> Encoder:
@@ -73,22 +84,27 @@ class Encoder(nn.Module):
 
     @property
     def feature_dims(self) -> dict[str, int]:
-        """Channels of every feature that `encode` can be asked for, by name."""
-        dims = {
-            "summary": self.backbone.width * len(self.summary_rows),
-            "features": self.backbone.width,
-        }
+        """Channels of every feature that `encode` can be asked for, by name; the blocks' last."""
+        width = self.backbone.width
+        dims = {"summary": width * len(self.summary_rows), "features": width}
         for name, heads in self.heads.items():
             for kind, head in cast(nn.ModuleDict, heads).items():
                 outputs = cast(nn.Linear, head.last).out_features
                 finer = self.upsample[name] if kind == "features" else 1
                 dims[f"{name}:{kind}"] = outputs // finer**2
-        return dims
+        blocks = [layer_name(index) for index in range(len(self.backbone.blocks))]
+        return {**dims, **{name: width for name in blocks if name not in dims}}
 
     @property
     def feature_names(self) -> tuple[str, ...]:
-        """Every name that `encode` can be asked for: summary, features, clip:summary, ..."""
-        return tuple(self.feature_dims)
+        """What comes out at the end: summary, features, clip:summary, ...; no layer_0:features."""
+        return tuple(name for name in self.feature_dims if name not in self._layers)
+
+    @property
+    def _layers(self) -> dict[str, int]:
+        """The blocks' numbers by feature name; a teacher of that name comes first."""
+        names = {layer_name(index): index for index in range(len(self.backbone.blocks))}
+        return {name: i for name, i in names.items() if name.split(":")[0] not in self.heads}
 
     @property
     def fingerprint(self) -> str:
@@ -130,6 +146,9 @@ class Encoder(nn.Module):
         size: Size | None = None,
         merge_to: int | None = None,
         batch: int = BATCH,
+        *,
+        layers: Sequence[int] = (),
+        window: int | None = None,
     ) -> dict[str, Tensor]:
         """Return the features asked for, running only their heads.
 
@@ -137,53 +156,140 @@ class Encoder(nn.Module):
             images: [B, 3, H, W] or [3, H, W], uint8 or float in [0, 1]; a PIL picture, a path, or
                 a list of any of these. Tensors keep their size; PIL pictures and files go to the
                 nearest multiple of the patch, aspect kept.
-            features: of `feature_names`; summaries come as [B, D], patches as [B, T, D], row by
+            features: of `feature_dims`; summaries come as [B, D], patches as [B, T, D], row by
                 row of `grid(size)`; [B, u u T, D], row by row of a u times finer grid, where
                 `upsample` says u for a teacher's features.
             size: side, or (height, width), that every picture is resized to first.
             merge_to: merge the backbone's patches to this many tokens before the heads; adds
                 `sizes` [B, K] and `assignment` [B, T] (each patch's token).
             batch: pictures per forward.
+            layers: blocks whose patches are wanted too, from 0, or from -1 backwards; each adds
+                `layer_<number from 0>:features` [B, T, D], which `features` can name as well.
+            window: patches a side of ViTDet's windows, in which most blocks then attend; for a
+                backbone that was trained with windows, at sizes whose cost is too high without.
 
         Raises:
-            RadioError: an unknown name, a size that is no multiple of the patch, pictures of
-                different sizes without `size`, floats outside [0, 1], or one that cannot be
-                decoded.
+            RadioError: an unknown name or layer, a size that is no multiple of the patch or the
+                window, pictures of different sizes without `size`, floats outside [0, 1], or one
+                that cannot be decoded.
         """
         wanted = (features,) if isinstance(features, str) else tuple(features)
+        wanted += layer_names(layers, len(self.backbone.blocks))
         self.check_request(wanted, merge_to)
         parts: dict[str, list[Tensor]] = {}
         for pixels in batches_of(images, self.patch_size, size, batch):
-            for name, value in self._forward(pixels, wanted, merge_to).items():
+            self._check_window(window, pixels)
+            for name, value in self._forward(pixels, wanted, merge_to, window).items():
                 parts.setdefault(name, []).append(value)
         # Outside inference mode, so that a probe can be trained on what comes out.
         return {name: torch.cat(values) for name, values in parts.items()}
 
     @torch.inference_mode()
     def _forward(
-        self, pixels: Pixels, wanted: tuple[str, ...], merge_to: int | None
+        self, pixels: Pixels, wanted: tuple[str, ...], merge_to: int | None, window: int | None
     ) -> dict[str, Tensor]:
-        device = self.backbone.patch_generator.pos_embed.device
-        output = self.backbone(pixels.to(device))
+        layers = {name: index for name, index in self._layers.items() if name in wanted}
+        with tokens_after(self.backbone.blocks, layers.values()) as tokens:
+            output = self.backbone(pixels.to(self.device), window=window)
         patches = output.features.flatten(2).transpose(1, 2)
         grid = (output.features.shape[-2], output.features.shape[-1])
+        inner = {name: patches_of(tokens[i], grid, window) for name, i in layers.items()}
         results: dict[str, Tensor] = {}
         if merge_to is not None:
             merged = merge_tokens(patches, merge_to, grid)
-            patches = merged.tokens
+            patches, alike = merged.tokens, torch.ones_like(merged.assignment, dtype=torch.float32)
+            count = patches.shape[1]
+            inner = {n: merge_by(x, alike, merged.assignment, count)[0] for n, x in inner.items()}
             results = {"sizes": merged.sizes, "assignment": merged.assignment}
-        values = {name: self._feature(name, output.cls, patches, grid) for name in wanted}
+        values = {
+            name: inner[name] if name in inner else self._feature(name, output.cls, patches, grid)
+            for name in wanted
+        }
         return {**values, **results}
+
+    def _check_window(self, window: int | None, pixels: Pixels) -> None:
+        if window is None:
+            return
+        rows, columns = self.grid((int(pixels.shape[-2]), int(pixels.shape[-1])))
+        try:
+            check_window(window, (rows, columns), self.patch_size, 0)
+        except ValueError as error:
+            most = math.gcd(rows, columns)
+            fitting = ", ".join(str(side) for side in range(1, most + 1) if not most % side)
+            raise RadioError(
+                f"{error} Windows that fit {rows} x {columns} patches: {fitting}."
+            ) from error
+        if not any(self.backbone.is_windowed):
+            raise RadioError(
+                f"window is {window}, but this backbone of {len(self.backbone.blocks)} blocks has "
+                "none that attends within windows (vitdet_num_windowed and vitdet_num_global of "
+                "its config.json); leave it out"
+            )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return self.backbone.patch_generator.pos_embed.device
+
+    def encode_text(
+        self,
+        texts: str | Sequence[str],
+        teacher: str = "clip",
+        text_weights: str | Path | None = None,
+        tokenizer: str | Path | None = None,
+    ) -> Float[Tensor, "texts dim"]:
+        """Return unit vectors [n, d] to compare with a teacher's unit `<teacher>:summary`.
+
+        The tower is not in the folder: see `text_tower`, which this calls.
+
+        Raises:
+            RadioError: no text, no such teacher, or its text tower cannot be had.
+        """
+        tower = self.text_tower(teacher, text_weights, tokenizer)
+        try:
+            vectors: Tensor = tower(texts)
+        except ValueError as error:
+            raise RadioError(str(error)) from error
+        return vectors
+
+    def text_tower(
+        self,
+        teacher: str = "clip",
+        text_weights: str | Path | None = None,
+        tokenizer: str | Path | None = None,
+    ) -> TextTower:
+        """Return a teacher's text tower on this encoder's device, built at the first call.
+
+        Args:
+            teacher: one with a summary and a text tower: of a kind clip, siglip or siglip_naflex.
+            text_weights: the teacher's weights, as `pretrained` in a run's configuration: those
+                that it was distilled from (a tag is downloaded) if not given.
+            tokenizer: a local folder with its files, for SigLIP; looked for next to local weights,
+                or on the hub with weights from there, if not given.
+
+        Raises:
+            RadioError: no such teacher, or its text tower cannot be had.
+        """
+        known = [name for name, source in self._text.items() if source.may_have_text]
+        if teacher not in known:
+            raise RadioError(
+                f"'{teacher}' has no text tower; teachers of this encoder that have one: "
+                f"{', '.join(known) or 'none'}"
+            )
+        if teacher not in self._towers or text_weights is not None or tokenizer is not None:
+            self._towers[teacher] = self._text[teacher].build(text_weights, tokenizer)
+        return self._towers[teacher].to(self.device)
 
     def check_request(self, features: Sequence[str], merge_to: int | None = None) -> None:
         """Refuse what this encoder cannot give: RadioError with the known names, or why not."""
-        known = ", ".join(self.feature_names)
+        last = layer_name(len(self.backbone.blocks) - 1)
+        known = f"{', '.join(self.feature_names)}; of its blocks: {layer_name(0)} to {last}"
         if not features:
             raise RadioError(f"no feature is asked for; this encoder has: {known}")
         for name in features:
             if name in self._left_out:
                 raise RadioError(f"this encoder cannot give '{name}': {self._left_out[name]}")
-            if name not in self.feature_names:
+            if name not in self.feature_dims:
                 raise RadioError(f"unknown feature '{name}'; this encoder has: {known}")
         if merge_to is not None:
             self._check_merging(features, merge_to)

@@ -17,12 +17,14 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from radio.encoder.layout import SUMMARY_ROWS, State, below, from_disk, to_disk
+from radio.encoder.layout import from_disk
 from radio.encoder.published import read_pth, read_remote
 from radio.encoder.weights import HEADS, EncoderWeights, TeacherHeads
 from radio.errors import RadioError
 from radio.files import save_tensors
 from radio.training.checkpoint import SUMS, write_sums
+from student.radio_layout import SUMMARY_ROWS, State, below, to_disk
+from student.windows import NUM_GLOBAL
 
 CONFIG, MODEL, ADAPTORS = "config.json", "model.safetensors", "adaptors.safetensors"
 INDEX = f"{MODEL}.index.json"  # of a model in several files
@@ -86,6 +88,8 @@ def _read_native(path: Path, tensors: State, config: dict[str, Any]) -> EncoderW
         align_corners=bool(config.get("cpe_align_corners", False)),
         image_size=int(config["image_size"]),
         origin=config.get("origin", {}),
+        num_windowed=config.get("vitdet_num_windowed"),
+        num_global=int(config.get("vitdet_num_global", NUM_GLOBAL)),
     )
     if weights.shape.depth != config["num_hidden_layers"]:  # the depth is read off the tensors
         raise RadioError(
@@ -227,6 +231,8 @@ def config_of(weights: EncoderWeights) -> dict[str, Any]:
         "cpe_align_corners": weights.align_corners,
         "adaptors": {name: _block(teacher) for name, teacher in weights.teachers.items()},
         "origin": weights.origin,
+        "vitdet_num_windowed": weights.num_windowed,
+        "vitdet_num_global": weights.num_global,
         **_vllm_fields(weights),
     }
 

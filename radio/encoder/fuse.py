@@ -15,11 +15,12 @@ import torch
 
 from radio.encoder.card import model_card
 from radio.encoder.folder import read_weights, refuse_foreign, write_folder
-from radio.encoder.layout import State, below, clean_backbone, last_linear, materialise_spectral
+from radio.encoder.layout import clean_backbone, last_linear, materialise_spectral
 from radio.encoder.weights import EncoderWeights, TeacherHeads, build_backbone, build_heads
 from radio.targets.fold import folded
 from radio.targets.standardize import Standardizer
 from radio.training.checkpoint import Checkpoint, find_checkpoint
+from student.radio_layout import State, below
 from student.vit import SIZES
 
 
@@ -71,6 +72,8 @@ def weights_of(checkpoint: Checkpoint) -> EncoderWeights:
         teachers,
         image_size=max(partition.image_size for partition in last_partitions),
         origin={"step": checkpoint.step, "data": checkpoint.state["data"]},
+        num_windowed=checkpoint.config.student.num_windowed,
+        num_global=checkpoint.config.student.num_global,
     )
 
 
@@ -108,11 +111,14 @@ def fold_standardizer(head: State, standardizer: Standardizer) -> State:
 
 
 def _facts(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
+    """Return what the folder says of a teacher; kind to seed also build its text tower."""
     facts, teacher = checkpoint.state["teachers"][name], checkpoint.config.teachers[name]
     return {
         "kind": facts["kind"],
-        "fingerprint": facts["fingerprint"],
+        "options": dict(teacher.options),
         "pretrained": teacher.pretrained,
+        "seed": checkpoint.config.seed,
+        "fingerprint": facts["fingerprint"],
         "weights_licence": teacher.card.weights_licence,
         "source": teacher.card.source,
     }

@@ -18,22 +18,31 @@ import torch
 from torch import Tensor
 
 from radio.encoder.layout import (
-    SUMMARY_ROWS,
-    State,
-    below,
     clean_backbone,
     from_disk,
     head_problem,
+    last_linear,
     materialise_spectral,
 )
 from radio.encoder.weights import EncoderWeights, TeacherHeads, heads_of_width
 from radio.errors import RadioError
+from student.radio_layout import SUMMARY_ROWS, State, below
 
 # `ls1` weights of a .pth.tar lie under these; heads under the teacher's name or its number.
 HUB_HEADS = {"summary": "_heads.", "features": "_feature_projections."}
 REMOTE_HEADS = {"summary": "head_mlp.", "features": "feat_mlp."}
 FIRST_FIXED_MAJOR = 3  # RADIO and C-RADIO up to v2.5 were published under aligned corners
 PREFERRED_SIZE = 512
+# Which blocks attend within windows, by label, where not as usual (NVlabs/RADIO `common.py`).
+WINDOWS = {
+    r"(?<![ce]-)radio[-_]v2(?!\.[2-9])": {"num_windowed": 5},
+    r"c-radio[-_]v2-vlm-h": {"num_global": 8},
+}
+# The SigLIP2 whose text tower goes with a teacher of type siglip2 (`siglip2_adaptor.py`).
+SIGLIP2 = {
+    "siglip2-g-384": "google/siglip2-giant-opt-patch16-384",
+    "siglip2-so400m": "google/siglip2-so400m-patch16-naflex",
+}
 # What torch.load raises on other and on broken files.
 UNREADABLE = (
     ArithmeticError,
@@ -88,6 +97,7 @@ def read_pth(path: Path) -> EncoderWeights:
         align_corners=published_with_aligned_corners(path.name, teachers),
         image_size=PREFERRED_SIZE,
         origin={"file": path.name, "arch": str(args.get("model")), "weights": kind},
+        **windows_of(path.name),
     )
 
 
@@ -136,9 +146,16 @@ def _hub_heads(
         named = below(state, f"{prefix}{teacher['name']}.")
         found[kind] = materialise_spectral(named or below(state, f"{prefix}{index}."))
     row = int(teacher.get("token_slot", index)) if args.get("cls_token_per_teacher", True) else 0
-    facts = {"kind": str(teacher.get("type")), "model": str(teacher.get("model"))}
     upsampling = int(teacher.get("fd_upsample_factor") or 1)
-    return teacher_heads(found, row, upsampling, facts)
+    return teacher_heads(found, row, upsampling, _facts(teacher))
+
+
+def _facts(teacher: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what args say of a teacher, so that its text tower can be built (teachers/text.py)."""
+    model = str(teacher.get("model"))
+    facts = {"kind": str(teacher.get("type")), "options": {"model": model}}
+    pretrained = teacher.get("pretrained") or SIGLIP2.get(model)
+    return {**facts, "pretrained": pretrained} if pretrained else facts
 
 
 def teacher_heads(
@@ -150,14 +167,20 @@ def teacher_heads(
     for kind, state in found.items():
         if not state:
             continue
-        problem = head_problem(state)
-        if kind == "features" and upsampling > 1:
-            problem = f"it makes {upsampling} x {upsampling} positions of each patch"
-        if problem is None:
-            states[kind] = {key: value.float() for key, value in state.items()}
-        else:
+        problem = head_problem(state) or (kind == "features" and _uneven(state, upsampling))
+        if problem:
             left_out[kind] = problem
-    return TeacherHeads(cls_row, states, left_out, facts)
+        else:
+            states[kind] = {key: value.float() for key, value in state.items()}
+    return TeacherHeads(cls_row, states, left_out, facts, upsampling if "features" in states else 1)
+
+
+def _uneven(head: State, upsampling: int) -> str | None:
+    """Return why a head's (u1 u2 c) outputs cannot be the u x u positions that are said."""
+    outputs = len(head[f"{last_linear(head)}.weight"])
+    if outputs % upsampling**2:
+        return f"its {outputs} outputs are no {upsampling} x {upsampling} positions of each patch"
+    return None
 
 
 def _first_of_name(teachers: Sequence[Mapping[str, Any]], index: int) -> bool:
@@ -197,6 +220,11 @@ def published_with_aligned_corners(label: str, teachers: Sequence[Mapping[str, A
     return version is None or int(version[1]) < FIRST_FIXED_MAJOR
 
 
+def windows_of(label: str) -> dict[str, int]:
+    """Return a published checkpoint's `num_windowed` or `num_global`, {} for the usual blocks."""
+    return next((how for rule, how in WINDOWS.items() if re.search(rule, label.lower())), {})
+
+
 def read_remote(tensors: State, config: Mapping[str, Any]) -> EncoderWeights:
     """Read a folder made for NVIDIA's remote code: config.json has `args`, `version`, ..."""
     if below(tensors, "radio_model.feature_normalizer."):
@@ -205,7 +233,8 @@ def read_remote(tensors: State, config: Mapping[str, Any]) -> EncoderWeights:
     teachers = _teachers(args, config.get("version"))
     backbone = from_disk(materialise_spectral(tensors))
     configs: Mapping[str, Any] = config.get("adaptor_configs") or {}
-    heads = {name: _remote_heads(tensors, name, how) for name, how in configs.items()}
+    facts = {teacher["name"]: _facts(teacher) for teacher in reversed(teachers)}  # the first wins
+    heads = {n: _remote_heads(tensors, n, how, facts.get(n, {})) for n, how in configs.items()}
     rows = tuple(tensors[SUMMARY_ROWS].tolist()) if SUMMARY_ROWS in tensors else (0,)
     return EncoderWeights(
         backbone,
@@ -216,17 +245,20 @@ def read_remote(tensors: State, config: Mapping[str, Any]) -> EncoderWeights:
         align_corners=published_with_aligned_corners(str(config.get("version")), teachers),
         image_size=PREFERRED_SIZE,
         origin={"version": str(config.get("version"))},
+        **windows_of(str(config.get("version"))),
     )
 
 
-def _remote_heads(tensors: State, name: str, how: Mapping[str, Any]) -> TeacherHeads:
+def _remote_heads(
+    tensors: State, name: str, how: Mapping[str, Any], facts: dict[str, Any]
+) -> TeacherHeads:
     below_name = below(tensors, f"radio_model.adaptors.{name}.")
     found = {
         kind: materialise_spectral(below(below_name, prefix))
         for kind, prefix in REMOTE_HEADS.items()
     }
     upsampling = int(how["feature"].get("upsample_factor") or 1)
-    return teacher_heads(found, int(how["head_idx"]), upsampling, {})
+    return teacher_heads(found, int(how["head_idx"]), upsampling, facts)
 
 
 def _width(backbone: State, what: object) -> int:

@@ -11,11 +11,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from radio.encoder.layout import State, last_linear
+from radio.encoder.layout import last_linear
 from radio.errors import RadioError
 from student.adaptors import AttentionAdaptor, MlpAdaptor
 from student.positions import eval_positions
+from student.radio_layout import State
 from student.vit import SIZES, PatchGenerator, VisionTransformer, VitShape
+from student.windows import NUM_GLOBAL
 
 HEADS = ("summary", "features")
 # NVIDIA's files do not say the number of attention heads; timm's ViTs of these widths have these.
@@ -49,6 +51,8 @@ class EncoderWeights:
     """All that an encoder is: backbone state (LayerScale folded), heads, and how to read them.
 
     `align_corners` is that of the position table's resize in eval: True for NVIDIA's old files.
+    `num_windowed` and `num_global` say which blocks attend within windows, when windows are asked
+    for (student/windows.py).
     """
 
     backbone: State
@@ -59,6 +63,8 @@ class EncoderWeights:
     align_corners: bool = False
     image_size: int = 512  # px, what the preprocessor resizes to
     origin: dict[str, Any] = field(default_factory=dict)
+    num_windowed: int | None = None
+    num_global: int = NUM_GLOBAL
 
     @property
     def shape(self) -> VitShape:
@@ -123,6 +129,8 @@ def build_backbone(weights: EncoderWeights) -> VisionTransformer:
             image_size=weights.table_size,
             num_cls=weights.num_cls,
             num_registers=weights.num_registers,
+            num_windowed=weights.num_windowed,
+            num_global=weights.num_global,
         )
         if weights.align_corners:
             backbone.patch_generator = AlignedPatchGenerator(
