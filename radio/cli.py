@@ -6,6 +6,7 @@ Results go to stdout, logs to stderr. Exit codes: 0 done, 1 crash, 2 something t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -76,12 +77,16 @@ def train(overrides: Overrides = None, dry_run: DryRun = False) -> None:
 
     radio train experiment=demo data.train=photos/ out=runs/mine
     radio train experiment=demo "data.train='shards/train-{000000..000009}.tar'"
+    radio train experiment=radio_v2_5_l rehearsal=true (one step at full size on seeded weights)
     """
-    from radio.config import load
+    from radio.training.rehearsal_config import rehearsal_config
 
-    config = load(overrides or [])
+    config = rehearsal_config(overrides or [])
     if dry_run:
-        _print_plan(config)
+        _print_plan(config, count=not config.rehearsal)
+        return
+    if config.rehearsal:
+        _rehearse(config)
         return
     if config.stream == "ray":
         from ray_jobs.train import train as train_on_ray
@@ -114,10 +119,11 @@ def fit(overrides: Overrides = None, dry_run: DryRun = False) -> None:
 
             files = fit_on_ray(config, progress.update)
         else:
+            from radio.targets.cache import open_stream
             from radio.targets.fit import fit as fit_here
             from radio.targets.stream import LocalStream
 
-            with LocalStream(config) as stream:
+            with contextlib.closing(open_stream(config, lambda: LocalStream(config))) as stream:
                 files = fit_here(config, stream, progress.update)
     for name, file in files.items():
         out.print(f"{name:12} {file.path}")
@@ -282,6 +288,17 @@ def _print_plan(config: Any, count: bool = True) -> None:
         sources = open_sources(config)
         sizes = ", ".join(f"{len(source)} {split}" for split, source in sources.items())
         out.print(f"pictures: {sizes}")
+
+
+def _rehearse(config: Any) -> None:
+    """Run one step at full size and print what every model takes."""
+    from radio.training.rehearsal import rehearse
+    from radio.training.rehearsal_report import rehearsal_tables
+
+    result = rehearse(config)
+    for table in rehearsal_tables(result):
+        Console(width=240).print(table)  # a broken line is still one to read, a cut cell is not
+    out.print(f"as JSON   {Path(config.out) / 'rehearsal.json'}")
 
 
 def _print_result(result: Any) -> None:

@@ -16,7 +16,7 @@ from radio.encoder.encoder import load as load_encoder
 from radio.encoder.fuse import fuse
 from radio.errors import RadioError
 from radio.extraction.encode import encode
-from radio.training.distill import RunResult
+from radio.training.student_run import RunResult
 from ray_jobs.train import train
 
 log = logging.getLogger("radio.demo")

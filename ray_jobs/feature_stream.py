@@ -29,7 +29,7 @@ from radio.config import Config
 from radio.data.plan import StepSpec
 from radio.data.shards import ImageSource
 from radio.errors import RadioError
-from radio.targets.stream import StepBatch, assemble, open_sources, student_views
+from radio.targets.stream import Coded, StepBatch, batches, open_sources
 from radio.targets.target_maker import CodedTarget, Request, TeacherFacts, build_readers
 from ray_jobs.teacher_pool import TeacherPool, get, wait_until_ready
 
@@ -88,26 +88,30 @@ class RayStream:
     def read(
         self, specs: Iterable[StepSpec], request: Request, incarnation: int = 0
     ) -> Iterator[StepBatch]:
-        """Yield the specs' batches in order, with at most WINDOW steps in flight."""
+        """Yield the specs' batches in order."""
+        coded = self.encode(specs, request, incarnation)
+        return batches(coded, self._readers[request.split], request, self.config)
+
+    def encode(
+        self, specs: Iterable[StepSpec], request: Request, incarnation: int = 0
+    ) -> Iterator[tuple[StepSpec, Coded]]:
+        """Yield each spec in order with its targets, with at most WINDOW steps in flight."""
         waiting = iter(specs)
         in_flight: deque[Asked] = deque()
         self._fill(in_flight, waiting, request, incarnation)
         while in_flight:
             asked = in_flight[0]
-            views = student_views(asked.spec, self._readers[request.split], self.config)
-            started = time.perf_counter()
             answers = {
                 name: self._take(asked.spec, name, call, request, incarnation)
                 for name, call in asked.calls.items()
             }
-            waited = time.perf_counter() - started
             in_flight.popleft()
             self._fill(in_flight, waiting, request, incarnation)  # before the student computes
             coded = [
                 {name: answers[name][number] for name in partition.modes}
                 for number, partition in enumerate(asked.spec.partitions)
             ]
-            yield assemble(asked.spec, views, coded, request, waited)
+            yield asked.spec, coded
 
     def _fill(
         self,

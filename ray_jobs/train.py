@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from radio.config import Config
-from radio.targets.stream import open_sources
-from radio.training.distill import RunResult, distill
-from ray_jobs.cluster import cluster
-from ray_jobs.feature_stream import RayStream
+from radio.training.distill import distill
+from radio.training.student_run import RunResult
+from ray_jobs.placed import ray_stream
 
 
 def train(config: Config) -> RunResult:
     """Distil with teachers in Ray actors; the cluster is joined, or made for the run."""
-    sources = open_sources(config)  # a wrong path is said before a cluster is started
-    with cluster(config.cluster), RayStream(config, sources) as stream:
+    with ray_stream(config) as stream:
         return distill(config, stream)

@@ -53,7 +53,8 @@ class PartitionBatch:
     """A partition's pictures for the student and the targets it is matched to.
 
     With a shift margin, `twin_images` are the student's pictures on crops of their own, which lie
-    `twin_shift` (down, right) patches from the first: what its average sees.
+    `twin_shift` (down, right) patches from the first: what its average sees. `shards` are the
+    micro-shards' numbers, as in PartitionSpec.
     """
 
     name: str
@@ -63,6 +64,7 @@ class PartitionBatch:
     window: int | None = None
     twin_images: UInt8[Tensor, "b 3 h w"] | None = None
     twin_shift: Int[Tensor, "b 2"] | None = None
+    shards: tuple[int, ...] = (0,)
 
 
 @dataclass(frozen=True)
@@ -85,9 +87,12 @@ class StepBatch:
         return sum(len(partition.images) for partition in self.partitions)
 
 
+Coded = list[dict[str, CodedTarget]]  # a step's targets by partition, then by teacher
+
+
 @runtime_checkable
 class Stream(Protocol):
-    """Where targets come from: LocalStream, or ray_jobs.feature_stream.RayStream."""
+    """Where targets come from: LocalStream, CachedStream, ray_jobs.feature_stream.RayStream."""
 
     @property
     def teachers(self) -> Mapping[str, TeacherFacts]:
@@ -96,6 +101,11 @@ class Stream(Protocol):
     @property
     def sources(self) -> Mapping[str, ImageSource]:
         """The pictures of each split ("train", "val")."""
+
+    def encode(
+        self, specs: Iterable[StepSpec], request: Request, incarnation: int = 0
+    ) -> Iterator[tuple[StepSpec, Coded]]:
+        """Yield each spec in order with the targets that its partitions' modes ask for."""
 
     def read(
         self, specs: Iterable[StepSpec], request: Request, incarnation: int = 0
@@ -137,22 +147,32 @@ def device_of(config: Config) -> torch.device:
 
 
 class LocalStream:
-    """Teachers in this process, one after the other: the reference that every stream equals."""
+    """Teachers in this process, one after the other: the reference that every stream equals.
 
-    def __init__(self, config: Config, makers: Mapping[str, TargetMaker] | None = None) -> None:
+    Teachers whose `facts` are known already are built when a step first needs them.
+    """
+
+    def __init__(self, config: Config, facts: Mapping[str, TeacherFacts] | None = None) -> None:
         self.config = config
         self._sources = open_sources(config)
         self._readers = build_readers(config, self._sources)
         torch.set_num_threads(config.threads.student)
-        self.makers = dict(makers) if makers is not None else self._build()
-        self._facts = {name: maker.facts for name, maker in self.makers.items()}
+        self.makers: dict[str, TargetMaker] = {}
+        self._facts = dict(facts or {})
+        self._facts = self._facts or {name: self._maker(name).facts for name in config.teachers}
 
-    def _build(self) -> dict[str, TargetMaker]:
-        device = device_of(self.config)
-        return {
-            name: build_target_maker(self.config, name, self._readers, device)
-            for name in self.config.teachers
-        }
+    def _maker(self, name: str) -> TargetMaker:
+        """Return a teacher, built when it is first needed."""
+        if name not in self.makers:
+            device = device_of(self.config)
+            maker = build_target_maker(self.config, name, self._readers, device)
+            if name in self._facts and self._facts[name] != maker.facts:
+                raise RadioError(
+                    f"teacher '{name}' has other weights here than in the leading process; give "
+                    "every process the same files"
+                )
+            self.makers[name] = maker
+        return self.makers[name]
 
     @property
     def teachers(self) -> Mapping[str, TeacherFacts]:
@@ -164,23 +184,26 @@ class LocalStream:
         """The pictures of each split."""
         return self._sources
 
+    def encode(
+        self, specs: Iterable[StepSpec], request: Request, incarnation: int = 0
+    ) -> Iterator[tuple[StepSpec, Coded]]:
+        """Yield each spec with its targets; `incarnation` fences nothing in one process."""
+        for spec in specs:
+            yield spec, self._encode(spec, request)
+
     def read(
         self, specs: Iterable[StepSpec], request: Request, incarnation: int = 0
     ) -> Iterator[StepBatch]:
-        """Yield the specs' batches in order; `incarnation` fences nothing in one process."""
-        for spec in specs:
-            started = time.perf_counter()
-            coded = self._encode(spec, request)
-            waited = time.perf_counter() - started
-            views = student_views(spec, self._readers[request.split], self.config)
-            yield assemble(spec, views, coded, request, waited)
+        """Yield the specs' batches in order."""
+        coded = self.encode(specs, request, incarnation)
+        return batches(coded, self._readers[request.split], request, self.config)
 
-    def _encode(self, spec: StepSpec, request: Request) -> list[dict[str, CodedTarget]]:
+    def _encode(self, spec: StepSpec, request: Request) -> Coded:
         """Run every teacher on its own number of threads, then give the student its back."""
         torch.set_num_threads(self.config.threads.teacher)
         try:
             return [
-                {name: self.makers[name](partition, request) for name in partition.modes}
+                {name: self._maker(name)(partition, request) for name in partition.modes}
                 for partition in spec.partitions
             ]
         finally:
@@ -227,10 +250,24 @@ def student_views(spec: StepSpec, reader: ViewReader, config: Config) -> list[St
     ]
 
 
+def batches(
+    coded: Iterator[tuple[StepSpec, Coded]], reader: ViewReader, request: Request, config: Config
+) -> Iterator[StepBatch]:
+    """Yield a batch for each step that is encoded, with the student's own views."""
+    while True:
+        started = time.perf_counter()
+        step = next(coded, None)
+        if step is None:
+            return
+        waited = time.perf_counter() - started
+        spec, targets = step
+        yield assemble(spec, student_views(spec, reader, config), targets, request, waited)
+
+
 def assemble(
     spec: StepSpec,
     student: list[StudentViews],
-    coded: list[dict[str, CodedTarget]],
+    coded: Coded,
     request: Request,
     wait_seconds: float,
 ) -> StepBatch:
@@ -256,6 +293,7 @@ def assemble(
                 partition.window,
                 None if twin is None else twin.pixels,
                 None if twin is None else _shift(own, twin),
+                partition.shards,
             )
         )
     return StepBatch(spec.step, tuple(partitions), damaged, wait_seconds, busy)
