@@ -1,4 +1,4 @@
-"""Remake the generated pages of docs/: teachers.md and configuration.md, from YAML and dataclasses.
+"""Remake the generated pages of docs/, from YAML, dataclasses and docstrings.
 
 `python docs/generate.py --check` changes nothing and fails when a page is out of date.
 """
@@ -10,7 +10,10 @@ import sys
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from recipe import table
+
 from radio.config import Config, PartitionConfig, StageConfig, TeacherConfig, choices, load_teacher
+from radio.errors import RadioError
 
 DOCS = Path(__file__).parent
 NOTE = "<!-- made by `make docs`; do not edit -->\n"
@@ -74,14 +77,37 @@ def _default(field: Any) -> str:
     return "required" if field.default == "???" else f"`{field.default}`".replace("None", "null")
 
 
-PAGES = {"teachers.md": teachers_page, "configuration.md": configuration_page}
+def recipe_page() -> str:
+    """Return every ingredient of the recipe, and where its paper, key, code and test are."""
+    lines = [
+        "# Recipe",
+        NOTE,
+        "What the papers of the RADIO family and their neighbours add to distillation, and where",
+        "it is here. A row is a `Recipe:` line of a docstring; `docs/recipe.py` says how it is",
+        "written, and refuses one whose key, value or test does not exist.",
+        "",
+        table(DOCS.parent),
+    ]
+    return "\n".join(lines)
+
+
+PAGES = {
+    "teachers.md": teachers_page,
+    "configuration.md": configuration_page,
+    "recipe.md": recipe_page,
+}
 
 
 def main() -> int:
     """Write the pages, or with --check say which are out of date."""
     stale = []
-    for name, page in PAGES.items():
-        path, text = DOCS / name, page()
+    try:
+        pages = {name: page() for name, page in PAGES.items()}
+    except RadioError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    for name, text in pages.items():
+        path = DOCS / name
         if not path.exists() or path.read_text() != text:
             stale.append(name)
             if "--check" not in sys.argv:
