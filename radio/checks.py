@@ -11,6 +11,8 @@ STREAMS = ("local", "ray")
 PRECISIONS = ("float32", "bf16")
 VIEW_MODES = ("native", "match", "mosaic", "padded", "tiled", "sharpened")
 NEEDS = {"tiled": "native", "sharpened": "native", "padded": "mosaic"}  # of a teacher's own modes
+PLACEMENTS = ("together", "by_rank")
+PARALLEL_KINDS = ("ddp", "fsdp")
 SQUARE = ("mosaic", "padded", "tiled")
 GRIDS = ("coarser", "larger")
 
@@ -21,6 +23,9 @@ def check(config: Config) -> None:
     _one_of("student.precision", config.student.precision, PRECISIONS)
     _one_of("losses.grid", config.losses.grid, GRIDS)
     _check_shifts(config)
+    _check_parallel(config)
+    _check_students(config)
+    _check_cache(config)
     if not config.teachers:
         raise RadioError(
             "no teachers: choose an experiment (experiment=demo) or add one, "
@@ -87,6 +92,61 @@ def _check_shifts(config: Config) -> None:
         )
 
 
+def _check_parallel(config: Config) -> None:
+    parallel, kind = config.parallel, config.parallel.kind
+    _one_of("parallel.placement", parallel.placement, PLACEMENTS)
+    for number, stage in enumerate(config.stages):
+        for name, partition in stage.partitions.items():
+            size = parallel.micro_shard
+            if size is not None and (size < 1 or partition.batch % size):
+                raise RadioError(
+                    f"parallel.micro_shard is {size}, which does not divide "
+                    f"stages[{number}].partitions.{name}.batch, {partition.batch}"
+                )
+    if kind is None:
+        if parallel.placement != "together":
+            raise RadioError(
+                f"parallel.placement={parallel.placement} needs several processes, but "
+                "parallel.kind is null; set parallel.kind=ddp or fsdp"
+            )
+        return
+    _one_of("parallel.kind", kind, PARALLEL_KINDS)
+    wanted = {
+        "losses.balance=teacher_dropping": config.losses.balance == "teacher_dropping",
+        "stream=ray": config.stream == "ray",
+    }
+    if kind == "fsdp":
+        wanted |= {
+            "student.spectral=true": config.student.spectral,
+            "student.damp": bool(config.student.damp),
+            "optimizer.ema_decay": config.optimizer.ema_decay is not None,
+            "student.backbone": config.student.backbone is not None,
+            "stages[].refit": any(stage.refit for stage in config.stages),
+        }
+    for key, found in wanted.items():
+        if found:
+            raise RadioError(f"parallel.kind={kind} does not go with {key}; change one of the two")
+
+
+def _check_cache(config: Config) -> None:
+    if config.cache is not None and config.data.repeat_epochs < 1:
+        raise RadioError(
+            f"cache={config.cache} keeps targets to find them again, but with data.repeat_epochs=0 "
+            "no view comes back; set data.repeat_epochs=1 or more, or cache=null"
+        )
+
+
+def _check_students(config: Config) -> None:
+    for name, student in config.students.items():
+        if student.patch_size != config.student.patch_size:
+            raise RadioError(
+                f"students.{name}.patch_size is {student.patch_size} and student.patch_size "
+                f"{config.student.patch_size}; students of one teacher pass have one grid"
+            )
+        if "/" in name or name in ("", ".", ".."):
+            raise RadioError(f"students.{name}: the name becomes a folder; use letters and digits")
+
+
 def _check_stage(config: Config, number: int) -> None:
     stage, where = config.stages[number], f"stages[{number}]"
     if not 0 <= stage.frozen_trunk_steps <= stage.steps:
@@ -115,6 +175,7 @@ def _check_partition(config: Config, where: str, partition: PartitionConfig) -> 
                 f"{where}.{key} has {size}, no multiple of student.patch_size {patch}; "
                 f"the nearest are {low} and {low + patch}"
             )
+    _check_trunk(config, where, partition)
     _check_window(config, where, partition)
     _check_aspects(where, partition)
     if partition.image_sizes and partition.image_size not in partition.image_sizes:
@@ -144,6 +205,21 @@ def _check_partition(config: Config, where: str, partition: PartitionConfig) -> 
             raise RadioError(
                 f"{where}.views.{teacher} is 'mosaic', so teachers.{teacher}.summary_weight must "
                 f"be 0 (it is {weight}): a canvas of several views has no summary of one view"
+            )
+
+
+def _check_trunk(config: Config, where: str, partition: PartitionConfig) -> None:
+    """Refuse what only our own ViT does."""
+    backbone, merge = config.student.backbone, partition.merge_per_block
+    if backbone is None:
+        return
+    merge = config.student.merge_per_block if merge is None else merge
+    wanted = {f"{where}.merge_per_block": merge, f"{where}.window": partition.window}
+    for key, value in wanted.items():
+        if value:
+            raise RadioError(
+                f"{key} is {value}, but student.backbone={backbone} is not our ViT and has no "
+                f"such thing; set {key} to 0 or null, or student.backbone=null"
             )
 
 

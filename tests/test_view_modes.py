@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_distill import losses_of
-from tiny import tiny_config
+from tiny import fake_teacher, tiny_config
 
 from radio import checks as configuration
 from radio.config import Config, check
@@ -118,6 +118,25 @@ def test_the_order_on_canvases_decides_the_neighbours_and_nothing_else(
         top, left = 2 * (place // 2), 2 * (place % 2)
         window = whole[:, top : top + 2, left : left + 2]
         torch.testing.assert_close(drawn[number], window, rtol=1e-5, atol=1e-6)
+
+
+def test_a_mosaic_teacher_of_another_stride_sees_views_on_the_students_grid(tmp_path: Path) -> None:
+    """SAM3 (stride 14) beside a student in patches of 16: 32 px are 2 x 2 patches, so 28 px."""
+    config = tiny_config(tmp_path)
+    config.teachers["edges"] = fake_teacher(None, 10, stride=14, native_size=56)
+    config.teachers["edges"].summary_weight = 0.0
+    with LocalStream(config) as stream:
+        maker, part = stream.makers["edges"], partition(stream, "mosaic")
+        found, views = features(maker, part), normalised(maker, part, 28)
+        canvas = torch.zeros(1, 3, 56, 56)
+        for place, number in enumerate(part.order[:4]):
+            top, left = 28 * (place // 2), 28 * (place % 2)
+            canvas[0, :, top : top + 28, left : left + 28] = views[number]
+        whole = maker.teacher(canvas).features[0]
+    for place, number in enumerate(part.order[:4]):
+        top, left = 2 * (place // 2), 2 * (place % 2)
+        window = whole[:, top : top + 2, left : left + 2]
+        torch.testing.assert_close(found[number], window, rtol=1e-5, atol=1e-6)
 
 
 def test_the_larger_grid_is_am_radios(tmp_path: Path) -> None:

@@ -25,6 +25,10 @@ class Mosaic:
 
     Raises:
         ValueError: a size that does not fit, with the nearest that do.
+
+    Recipe: tiles a whole number of strides apart; NVIDIA-TAO/tao-pytorch
+    nvidia_tao_pytorch/multimodal/radio/distillation/loss.py; stages[].partitions.*.views.*=mosaic;
+    tests/test_mosaic.py::test_each_view_gets_the_features_of_its_own_pixels.
     """
 
     def __init__(

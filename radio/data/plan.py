@@ -59,7 +59,9 @@ class PartitionSpec:
 
     `order` is the order in which the views lie on canvases, drawn anew every step, so that each
     place of a canvas sees every kind of picture. `shape` is (height, width) of views that are not
-    square. A crop is `margin` patches larger than what each reader sees of it.
+    square. A crop is `margin` patches larger than what each reader sees of it. `shards` are the
+    numbers of the micro-shards that the views lie in, all of one size, one after the other; `order`
+    counts within each.
     """
 
     name: str
@@ -71,6 +73,7 @@ class PartitionSpec:
     window: int | None = None
     shape: tuple[int, int] | None = None
     margin: int = 0
+    shards: tuple[int, ...] = (0,)
 
     @property
     def pixels(self) -> tuple[int, int]:
@@ -106,11 +109,22 @@ class PartitionPlan:
     aspects: tuple[float, ...] = ()
     patch_size: int = 16
     margin: int = 0
+    micro_shard: int | None = None
+
+    @property
+    def num_shards(self) -> int:
+        """Micro-shards of a step."""
+        return 1 if self.micro_shard is None else self.batch // self.micro_shard
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """A number of steps over the same partitions."""
+    """A number of steps over the same partitions.
+
+    Recipe: several resolutions in one step; RADIOv2.5 (2412.07679); stages[].partitions,
+    stages[].partitions.*.image_size;
+    tests/test_plan.py::test_an_epoch_sees_every_sample_once_and_leaves_its_tail.
+    """
 
     steps: int
     partitions: tuple[PartitionPlan, ...]
@@ -162,6 +176,10 @@ class Plan:
             rest -= stage.steps
         raise IndexError(f"step {step} is beyond the plan's {self.num_steps} steps")
 
+    def views_of(self, step: int) -> int:
+        """Return the number of views of a step, over all partitions and processes."""
+        return self.stages[self.locate(step)[0]].views_per_step
+
     def epoch(self, step: int) -> int:
         """Return the epoch within its stage that a step belongs to."""
         number, stage_step = self.locate(step)
@@ -185,16 +203,35 @@ class Plan:
             )
             key = epoch, step_of_epoch
             size = self._size(partition, key)
-            tiles = seed_for(self.seed, f"tiles/{partition.name}", *key)
-            places = tuple(permute(at, len(views), tiles) for at in range(len(views)))
-            spec = _with_views(partition, views, size, places)
-            shape = self._shape(partition, size, key)
-            partitions.append(replace(spec, shape=shape, margin=partition.margin))
+            spec = _with_views(partition, views, size, self._order(partition, key))
+            partitions.append(
+                replace(
+                    spec,
+                    shape=self._shape(partition, size, key),
+                    margin=partition.margin,
+                    shards=tuple(range(partition.num_shards)),
+                )
+            )
             position += partition.batch
         return StepSpec(step, number, stage_step, tuple(partitions))
 
+    def _order(self, partition: PartitionPlan, key: tuple[int, int]) -> tuple[int, ...]:
+        """Return a step's order on canvases, which never holds views of two micro-shards."""
+        size = partition.batch // partition.num_shards
+        order: list[int] = []
+        for shard in range(partition.num_shards):
+            numbered = (*key, shard) if shard else key
+            tiles = seed_for(self.seed, f"tiles/{partition.name}", *numbered)
+            order += (permute(at, size, tiles) for at in range(size))
+        return tuple(order)
+
     def _size(self, partition: PartitionPlan, key: tuple[int, int]) -> int:
-        """Return a step's resolution; with `repeat_epochs` it comes back with its views."""
+        """Return a step's resolution; with `repeat_epochs` it comes back with its views.
+
+        Recipe: resolutions drawn by the step; C-RADIOv4 (2601.17237);
+        stages[].partitions.*.image_sizes;
+        tests/test_stages.py::test_every_step_draws_a_resolution_and_the_same_one_each_time.
+        """
         if not partition.image_sizes:
             return partition.image_size
         drawn = seed_for(self.seed, f"size/{partition.name}", *key)
@@ -203,7 +240,11 @@ class Plan:
     def _shape(
         self, partition: PartitionPlan, size: int, key: tuple[int, int]
     ) -> tuple[int, int] | None:
-        """Return a step's (height, width), or None for the square."""
+        """Return a step's (height, width), or None for the square.
+
+        Recipe: shapes drawn by the step; ours; stages[].partitions.*.aspects;
+        tests/test_shifts.py::test_aspects_are_drawn_by_the_step.
+        """
         if not partition.aspects:
             return None
         drawn = seed_for(self.seed, f"aspect/{partition.name}", *key)
@@ -286,6 +327,7 @@ def stage_plans(config: Config) -> list[StagePlan]:
                     tuple(partition.aspects),
                     config.student.patch_size,
                     config.data.shift_margin,
+                    config.parallel.micro_shard,
                 )
                 for name, partition in stage.partitions.items()
             ),
@@ -294,14 +336,25 @@ def stage_plans(config: Config) -> list[StagePlan]:
     ]
 
 
+def canvas_of(config: Config, teacher: str, size: int) -> Mosaic:
+    """Return a mosaic teacher's canvas of views at `size` px, each read at the student's own grid.
+
+    A teacher of stride 14 sees a student's 256 px in patches of 16 at 224 px, so nothing is resized
+    afterwards. ValueError for views that do not fit.
+    """
+    described, patch = config.teachers[teacher], config.student.patch_size
+    card = described.card
+    side = size // patch * described.upsample * card.stride
+    return Mosaic(card.native_size, side, card.stride)
+
+
 def _check_mosaics(config: Config, name: str, partition: PartitionConfig) -> None:
     for teacher, mode in partition.views.items():
-        card = config.teachers[teacher].card
         if mode not in ("mosaic", "padded"):
             continue
         for size in (partition.image_size, *partition.image_sizes):
             try:
-                Mosaic(card.native_size, size, card.stride)
+                canvas_of(config, teacher, size)
             except ValueError as error:
                 raise RadioError(
                     f"partition '{name}' cannot be packed for teacher '{teacher}': {error}"

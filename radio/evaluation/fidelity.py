@@ -16,9 +16,9 @@ from radio.targets.standardize import save_standardizers
 from radio.targets.stream import LocalStream, device_of
 from radio.targets.target_maker import Request, StandardizerFile
 from radio.training.checkpoint import Checkpoint, find_checkpoint
-from radio.training.distill import HELD_OUT_BATCH
 from radio.training.learner import student_for
 from radio.training.metrics import Row, held_out_rows
+from radio.training.student_run import HELD_OUT_BATCH
 
 
 def fidelity(target: Path, data: str | None, progress: Report | None = None) -> dict[str, Any]:

@@ -118,6 +118,7 @@ def _identity(config: Config, stream: Stream, name: str, stage: int) -> dict[str
         "micro_batch": config.data.micro_batch,
         "repeat_epochs": config.data.repeat_epochs,
         "patch_size": config.student.patch_size,
+        "micro_shard": config.parallel.micro_shard,
         "shift_margin": config.data.shift_margin,
         "teacher": [config.teachers[name].upsample, config.teachers[name].upsampler],
         "grid": config.losses.grid,

@@ -10,12 +10,20 @@ Grid = tuple[int, int]
 
 
 def coarser(first: Grid, second: Grid) -> Grid:
-    """Return the smaller number of rows and of columns of two (rows, columns) grids."""
+    """Return the smaller number of rows and of columns of two (rows, columns) grids.
+
+    Recipe: both grids to the coarser; ours; losses.grid=coarser;
+    tests/test_view_modes.py::test_tiles_are_native_pictures_laid_side_by_side.
+    """
     return min(first[0], second[0]), min(first[1], second[1])
 
 
 def larger(first: Grid, second: Grid) -> Grid:
-    """Return the larger number of rows and of columns of two (rows, columns) grids."""
+    """Return the larger number of rows and of columns of two (rows, columns) grids.
+
+    Recipe: both grids to the larger; AM-RADIO (2312.06709); losses.grid=larger;
+    tests/test_view_modes.py::test_the_larger_grid_is_am_radios.
+    """
     return max(first[0], second[0]), max(first[1], second[1])
 
 

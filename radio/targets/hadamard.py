@@ -25,6 +25,13 @@ def hadamard(n: int) -> Float[Tensor, "n n"]:
 
     Raises:
         RadioError: no matrix of this size can be built so; names the nearest sizes that can.
+
+    Recipe: Hadamard matrices by Sylvester, Paley I and II; NVlabs/RADIO
+    examples/common/hadamard.py; teachers.*.standardizer=phi_s, teachers.*.standardizer=hadamard;
+    tests/test_hadamard.py::test_every_matrix_that_can_be_built_is_hadamard.
+    Recipe: Paley's constructions over prime powers; ours; teachers.*.standardizer=phi_s,
+    teachers.*.standardizer=hadamard;
+    tests/test_hadamard.py::test_prime_powers_are_used_where_no_prime_serves.
     """
     if not can_build(n):
         smaller = next((m for m in range(n - 1, 0, -1) if can_build(m)), None)
@@ -58,6 +65,10 @@ def equal_diagonal_rotation(cov: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
 
     Raises:
         RadioError: cov is no square matrix of finite numbers.
+
+    Recipe: equal-diagonal rotation where there is no Hadamard matrix; ours;
+    teachers.*.standardizer=phi_s, teachers.*.standardizer=hadamard;
+    tests/test_hadamard.py::test_a_rotation_gives_every_channel_the_mean_variance.
     """
     if cov.ndim != 2 or cov.shape[0] != cov.shape[1] or not bool(torch.isfinite(cov).all()):
         raise RadioError(

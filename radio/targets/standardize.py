@@ -113,6 +113,9 @@ class Standardizer:
 
         Raises:
             RadioError: another kind or number of channels, or one of the two came from a file.
+
+        Recipe: statistics merged by Chan's rule in float64; NVlabs/FeatSharp; fit.steps;
+        tests/test_standardize.py::test_statistics_do_not_depend_on_how_rows_arrive.
         """
         if (other.kind, other.num_channels) != (self.kind, self.num_channels):
             raise RadioError(

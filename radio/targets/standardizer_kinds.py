@@ -49,21 +49,33 @@ def _rotation(values: Tensor) -> Matrix:
 
 
 def _phi_s(covariance: Matrix) -> Maps:
-    """phi^-1 H U^T."""
+    """phi^-1 H U^T.
+
+    Recipe: PHI standardization; PHI-S (2410.01680) eq. 21-26; teachers.*.standardizer=phi_s;
+    tests/test_standardizer_kinds.py::test_phi_s_is_a_rotation_by_one_scalar.
+    """
     values, vectors, phi = _eigen(covariance)
     rotation = _rotation(values) @ vectors.T
     return rotation / phi, rotation.T * phi
 
 
 def _global_scale(covariance: Matrix) -> Maps:
-    """phi^-1 I."""
+    """phi^-1 I.
+
+    Recipe: global scale; PHI-S (2410.01680) table 13; teachers.*.standardizer=global_scale;
+    tests/test_standardizer_kinds.py::test_global_scale_makes_the_mean_variance_one.
+    """
     phi = max(float(covariance.diagonal().mean().sqrt()), PHI_FLOOR)
     eye = torch.eye(len(covariance), dtype=torch.float64)
     return eye / phi, eye * phi
 
 
 def _per_channel(covariance: Matrix) -> Maps:
-    """diag(Sigma)^-1/2."""
+    """diag(Sigma)^-1/2.
+
+    Recipe: scale of each channel; PHI-S (2410.01680) table 13; teachers.*.standardizer=per_channel;
+    tests/test_standardizer_kinds.py::test_per_channel_agrees_with_scikit_learn.
+    """
     variances = covariance.diagonal()
     phi = max(float(variances.mean().sqrt()), PHI_FLOOR)
     deviations = variances.sqrt().clamp_min(CHANNEL_FLOOR * phi)
@@ -79,22 +91,39 @@ def _whitening(covariance: Matrix, turn: Callable[[Tensor, Matrix], Matrix]) -> 
 
 
 def _pca(covariance: Matrix) -> Maps:
-    """L^-1/2 U^T."""
+    """L^-1/2 U^T.
+
+    Recipe: PCA whitening; PHI-S (2410.01680) table 13; teachers.*.standardizer=pca;
+    tests/test_standardizer_kinds.py::test_pca_whitening_agrees_with_scikit_learn.
+    """
     return _whitening(covariance, lambda values, _: torch.eye(len(values), dtype=torch.float64))
 
 
 def _zca(covariance: Matrix) -> Maps:
-    """U L^-1/2 U^T."""
+    """U L^-1/2 U^T.
+
+    Recipe: ZCA whitening; PHI-S (2410.01680) table 13; teachers.*.standardizer=zca;
+    tests/test_standardizer_kinds.py::test_zca_is_the_symmetric_whitening.
+    """
     return _whitening(covariance, lambda _, vectors: vectors)
 
 
 def _hadamard(covariance: Matrix) -> Maps:
-    """H L^-1/2 U^T: an error in any whitened channel costs the same in y."""
+    """H L^-1/2 U^T: an error in any whitened channel costs the same in y.
+
+    Recipe: Hadamard whitening; PHI-S (2410.01680) table 13; teachers.*.standardizer=hadamard;
+    tests/test_standardizer_kinds.py::test_hadamard_whitening_spreads_errors_evenly.
+    """
     return _whitening(covariance, lambda values, _: _rotation(values))
 
 
 def _identity(covariance: Matrix) -> Maps:
-    """I."""
+    """I.
+
+    Recipe: no standardization (plain MSE); PHI-S (2410.01680) table 13;
+    teachers.*.standardizer=identity;
+    tests/test_standardizer_kinds.py::test_identity_changes_nothing_and_needs_no_fit.
+    """
     eye = torch.eye(len(covariance), dtype=torch.float64)
     return eye, eye.clone()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,13 +19,15 @@ from torch import Tensor
 
 from radio.config import Config
 from radio.data.plan import PartitionSpec
+from radio.data.ranks import micro_shards
 from radio.data.shards import ImageSource
 from radio.data.views import Framing, ViewReader
 from radio.errors import RadioError
 from radio.targets import codec
 from radio.targets.grid import GRIDS, Grid, to_grid
 from radio.targets.standardize import Standardizer, load_standardizers
-from radio.targets.view_modes import VIEW_MODES, Shown, Upsampler
+from radio.targets.upsampler import FileUpsampler
+from radio.targets.view_modes import VIEW_MODES, Shown, ViewMode
 from teachers import Teacher, TeacherOutput, build_teacher
 
 
@@ -100,6 +102,7 @@ class TargetMaker:
         grid: a row of `radio.targets.grid.GRIDS`, of the student's grid and the teacher's.
         upsample: positions along a side that the student predicts for one of its patches.
         upsampler: what view mode `sharpened` calls with features and normalised views.
+        compiled: whether torch.compile makes a kernel for every size that the teacher is shown.
     """
 
     def __init__(
@@ -113,7 +116,8 @@ class TargetMaker:
         device: torch.device,
         grid: str = "coarser",
         upsample: int = 1,
-        upsampler: Upsampler | None = None,
+        upsampler: FileUpsampler | None = None,
+        compiled: bool = False,
     ) -> None:
         self.name = name
         self.kind = kind
@@ -125,17 +129,20 @@ class TargetMaker:
         self.grid = grid
         self.upsample = upsample
         self.upsampler = upsampler
+        if compiled:
+            self.teacher.compile(dynamic=False)
         self._standardizers: dict[str, Standardizer] = {}
         self._mean = torch.tensor(teacher.mean, device=device).view(1, 3, 1, 1)
         self._std = torch.tensor(teacher.std, device=device).view(1, 3, 1, 1)
 
     @property
     def facts(self) -> TeacherFacts:
-        """Dims and fingerprint."""
-        teacher = self.teacher
-        return TeacherFacts(
-            self.kind, teacher.fingerprint, teacher.summary_dim, teacher.feature_dim
-        )
+        """Dims and fingerprint, which covers an upsampler."""
+        teacher, fingerprint = self.teacher, self.teacher.fingerprint
+        if self.upsampler is not None:
+            both = f"{fingerprint}/{self.upsampler.sha256}"
+            fingerprint = hashlib.sha256(both.encode()).hexdigest()
+        return TeacherFacts(self.kind, fingerprint, teacher.summary_dim, teacher.feature_dim)
 
     def shown(self, partition: PartitionSpec) -> Shown:
         """Return what a view mode needs to know of a partition and this teacher."""
@@ -156,7 +163,7 @@ class TargetMaker:
         mode, shown = VIEW_MODES[partition.modes[self.name]], self.shown(partition)
         framing = Framing.of(partition, self.patch_size, self.name)
         views = reader.batch(partition.views, mode.size(shown), framing)
-        output = mode.run(shown, self._normalise(views.pixels))
+        output = self._run(mode, partition, self._normalise(views.pixels))
         self._refuse_nan(output, views.keys)
         features = self._standardize(output.features.float(), request)
         grid = GRIDS[self.grid](_grid(features), shown.grid)
@@ -170,14 +177,19 @@ class TargetMaker:
         damaged = dict(views.replaced)
         return CodedTarget(summary, coded, valid, views.keys, damaged, seconds, views.offsets)
 
+    def _run(
+        self, mode: ViewMode, partition: PartitionSpec, pixels: Float[Tensor, "b 3 h w"]
+    ) -> TeacherOutput:
+        """Run the teacher over each micro-shard alone: no forward depends on who takes which."""
+        shards = micro_shards(partition)
+        parts = pixels.split(len(shards[0].views))
+        return joined([mode.run(self.shown(s), p) for s, p in zip(shards, parts, strict=True)])
+
     def _normalise(self, pixels: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
         return (pixels.to(self.device).float() / 255 - self._mean) / self._std
 
     def _forward(self, pixels: Float[Tensor, "b 3 h w"]) -> TeacherOutput:
-        outputs = [self.teacher(part) for part in pixels.split(self.micro_batch)]
-        features = torch.cat([output.features for output in outputs])
-        summaries = [output.summary for output in outputs if output.summary is not None]
-        return TeacherOutput(torch.cat(summaries) if summaries else None, features)
+        return joined([self.teacher(part) for part in pixels.split(self.micro_batch)])
 
     def _refuse_nan(self, output: TeacherOutput, keys: tuple[str, ...]) -> None:
         named = {"features": output.features, "summary": output.summary}
@@ -209,6 +221,15 @@ class TargetMaker:
         return load_standardizers(Path(file.path))[self.name]
 
 
+def joined(outputs: Sequence[TeacherOutput]) -> TeacherOutput:
+    """Return the outputs of several batches as one."""
+    if len(outputs) == 1:
+        return outputs[0]
+    features = torch.cat([output.features for output in outputs])
+    summaries = [output.summary for output in outputs if output.summary is not None]
+    return TeacherOutput(torch.cat(summaries) if summaries else None, features)
+
+
 def build_target_maker(
     config: Config, name: str, readers: Mapping[str, ViewReader], device: torch.device
 ) -> TargetMaker:
@@ -235,6 +256,8 @@ def build_target_maker(
         device,
         config.losses.grid,
         wanted.upsample,
+        None if wanted.upsampler is None else FileUpsampler(wanted.upsampler, device),
+        wanted.compile,
     )
 
 

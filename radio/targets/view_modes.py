@@ -53,16 +53,23 @@ class ViewMode:
 
 
 def _native(shown: Shown) -> tuple[int, int]:
+    """The teacher's own square.
+
+    Recipe: teacher at its own size; AM-RADIO (2312.06709); stages[].partitions.*.views.*=native;
+    tests/test_recipe.py::test_native_and_match_read_views_at_the_promised_size.
+    """
     return shown.teacher.native_size, shown.teacher.native_size
 
 
 def _match(shown: Shown) -> tuple[int, int]:
+    """As many of the teacher's strides as the student has positions.
+
+    Recipe: teacher at the size whose grid is the student's; RADIOv2.5 (2412.07679);
+    stages[].partitions.*.views.*=match;
+    tests/test_recipe.py::test_native_and_match_read_views_at_the_promised_size.
+    """
     (rows, columns), stride = shown.grid, shown.teacher.stride
     return rows * stride, columns * stride
-
-
-def _student_pixels(shown: Shown) -> tuple[int, int]:
-    return shown.partition.pixels
 
 
 def _tiles(shown: Shown) -> tuple[int, int]:
@@ -76,9 +83,13 @@ def _alone(shown: Shown, pixels: Pixels) -> TeacherOutput:
 
 
 def _mosaic(shown: Shown, pixels: Pixels) -> TeacherOutput:
-    """k x k views share a canvas, in the step's own order; no summary (RADIOv2.5, 2412.07679)."""
+    """k x k views share a canvas, in the step's own order; no summary (RADIOv2.5, 2412.07679).
+
+    Recipe: mosaic of k x k views; RADIOv2.5 (2412.07679); stages[].partitions.*.views.*=mosaic;
+    tests/test_view_modes.py::test_the_order_on_canvases_decides_the_neighbours_and_nothing_else.
+    """
     teacher, order = shown.teacher, list(shown.partition.order)
-    mosaic = Mosaic(teacher.native_size, shown.partition.image_size, teacher.stride)
+    mosaic = Mosaic(teacher.native_size, _match(shown)[0], teacher.stride)
     output = shown.forward(mosaic.place(pixels[order]))
     windows = mosaic.split(output.features, len(pixels))
     features = torch.empty_like(windows)
@@ -87,9 +98,14 @@ def _mosaic(shown: Shown, pixels: Pixels) -> TeacherOutput:
 
 
 def _padded(shown: Shown, pixels: Pixels) -> TeacherOutput:
-    """A view lies alone at the top left of a canvas, zero around it (PHI-S, 2410.01680, A.7)."""
+    """A view lies alone at the top left of a canvas, zero around it (PHI-S, 2410.01680, A.7).
+
+    Recipe: padded view, its features cropped; PHI-S (2410.01680) section A.7;
+    stages[].partitions.*.views.*=padded;
+    tests/test_view_modes.py::test_a_padded_view_lies_alone_on_its_canvas.
+    """
     teacher = shown.teacher
-    mosaic = Mosaic(teacher.native_size, shown.partition.image_size, teacher.stride, per_side=1)
+    mosaic = Mosaic(teacher.native_size, _match(shown)[0], teacher.stride, per_side=1)
     output = shown.forward(mosaic.place(pixels))
     return TeacherOutput(output.summary, mosaic.split(output.features, len(pixels)))
 
@@ -99,6 +115,10 @@ def _tiled(shown: Shown, pixels: Pixels) -> TeacherOutput:
 
     What a fixed-size teacher is made to do at high resolution; it loses the global context and the
     scale equivariance (RADIOv2.5, finding 1).
+
+    Recipe: tiles of a view, the rival of high resolution; RADIOv2.5 (2412.07679);
+    stages[].partitions.*.views.*=tiled;
+    tests/test_view_modes.py::test_tiles_are_native_pictures_laid_side_by_side.
     """
     k = shown.tiles
     b, c, height, width = pixels.shape
@@ -113,6 +133,9 @@ def _sharpened(shown: Shown, pixels: Pixels) -> TeacherOutput:
     """Native features made finer: by an upsampler's file, or bicubic to the student's grid.
 
     FeatSharp (2502.16025) trains such upsamplers, and has the bicubic as its baseline.
+
+    Recipe: upsampled features; FeatSharp (2502.16025); stages[].partitions.*.views.*=sharpened,
+    teachers.*.upsampler; tests/test_view_modes.py::test_sharpened_features_reach_the_students_grid.
     """
     output = shown.forward(pixels)
     features = output.features.float()
@@ -125,8 +148,8 @@ def _sharpened(shown: Shown, pixels: Pixels) -> TeacherOutput:
 VIEW_MODES: dict[str, ViewMode] = {
     "native": ViewMode(_native, _alone),
     "match": ViewMode(_match, _alone),
-    "mosaic": ViewMode(_student_pixels, _mosaic),
-    "padded": ViewMode(_student_pixels, _padded),
+    "mosaic": ViewMode(_match, _mosaic),
+    "padded": ViewMode(_match, _padded),
     "tiled": ViewMode(_tiles, _tiled),
     "sharpened": ViewMode(_native, _sharpened),
 }

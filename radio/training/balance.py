@@ -59,7 +59,12 @@ class _Stateless:
 
 
 class Fixed(_Stateless):
-    """1 for every loss: the user's own weights (AM-RADIO 2312.06709, section 3)."""
+    """1 for every loss: the user's own weights (AM-RADIO 2312.06709, section 3).
+
+    Recipe: weights set by hand; AM-RADIO (2312.06709) section 3; losses.balance=fixed,
+    teachers.*.summary_weight, teachers.*.feature_weight;
+    tests/test_balance.py::test_fixed_weighs_nothing.
+    """
 
     per_view: ClassVar[bool] = False
 
@@ -77,6 +82,9 @@ class AdaLoss:
     and takes the current loss in before it is used: at the first step there is nothing else to
     divide by, and an outlier weighs itself down. A loss that joins later starts its own mean. No
     gradient passes through m.
+
+    Recipe: AdaLoss; AdaLoss (1708.06832); losses.balance=ada_loss, losses.balance_options;
+    tests/test_balance.py::test_ada_loss_follows_its_oracle.
     """
 
     per_view: ClassVar[bool] = False
@@ -123,6 +131,9 @@ class TeacherDropping(_Stateless):
     """Of each view drop each teacher with probability p, but never that with the largest loss.
 
     UNIC (2408.05088), `keep_teachers`. A teacher's losses are summed, and kept or dropped together.
+
+    Recipe: teacher dropping; UNIC (2408.05088); losses.balance=teacher_dropping,
+    losses.balance_options; tests/test_balance.py::test_kept_teachers_follow_their_oracle.
     """
 
     per_view: ClassVar[bool] = True

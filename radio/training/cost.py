@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from radio.config import Config, PartitionConfig, StageConfig
-from radio.data.mosaic import Mosaic
+from radio.data.plan import canvas_of
 from radio.errors import RadioError
 from student.vit import SIZES, VitShape
 
@@ -60,7 +60,7 @@ def teacher_gflop(config: Config, name: str, partition: PartitionConfig, size: i
         side = size // config.student.patch_size * card.stride
         return card.gflops * (side / card.native_size) ** 2  # as if attention grew no faster
     if mode == "mosaic":
-        return card.gflops / Mosaic(card.native_size, size, card.stride).views_per_canvas
+        return card.gflops / canvas_of(config, name, size).views_per_canvas
     if mode == "tiled":
         return card.gflops * math.ceil(size / card.native_size) ** 2
     return card.gflops

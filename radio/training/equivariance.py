@@ -70,6 +70,9 @@ def shift_equivariant_loss(
         shift: (dy, dx) of the teacher's crop from the student's, in student positions.
         student_grid: see `shift_features`.
         loss: any other of FEATURE_LOSSES in the place of the square.
+
+    Recipe: shift-equivariant feature loss; C-RADIOv4 (2601.17237); data.shift_margin;
+    tests/test_equivariance.py::test_the_shifted_loss_follows_its_oracle.
     """
     shifted, inside = shift_features(predicted, shift, student_grid)
     common = inside & valid
@@ -86,6 +89,9 @@ def mesa_loss(student: Maps, ema: Maps, shift: Shifts) -> tuple[PerView, Counts]
         student: x [b, d, h, w], the student's features.
         ema: x~ [b, d, h, w], those of its moving average on another crop.
         shift: (dy, dx) of that crop from the student's, in student positions.
+
+    Recipe: SE-MESA, the student against its average; C-RADIOv4 (2601.17237); losses.mesa_weight;
+    tests/test_equivariance.py::test_mesa_follows_its_oracle.
     """
     shifted, inside = shift_features(student, shift)
     return mse_loss(_layer_norm(shifted), _layer_norm(ema.detach()), inside), inside.sum((1, 2))

@@ -10,15 +10,20 @@ from torch import Tensor
 
 from radio.config import Config
 from radio.data.plan import seed_for
+from radio.data.ranks import Ranks
 from radio.errors import RadioError
 from radio.targets.standardize import Standardizer
 from radio.targets.target_maker import TeacherFacts
 from radio.training.balance import BALANCES, Balance
+from radio.training.compile import compile_student
 from radio.training.optim import build_optimizer, load_optimizer, optimizer_tensors
+from radio.training.parallel import like, spread, whole
+from radio.training.predictor import Predictor
 from radio.training.refit import refit_adaptor
 from radio.training.regularise import Ema
 from student.model import Student, TeacherAdaptor, TeacherDims, build_student
 
+ALONE = Ranks()
 Tensors = dict[str, dict[str, Tensor]]  # by the name of the checkpoint's file
 
 
@@ -26,10 +31,18 @@ class Learner:
     """The student, its optimizer, the balance of its losses and, where asked for, its average."""
 
     def __init__(
-        self, config: Config, teachers: Mapping[str, TeacherFacts], device: torch.device
+        self,
+        config: Config,
+        teachers: Mapping[str, TeacherFacts],
+        device: torch.device,
+        ranks: Ranks = ALONE,
     ) -> None:
         torch.manual_seed(seed_for(config.seed, "student"))
         self.student = student_for(config, teachers).to(device)
+        self.config, self.teachers, self.device, self.ranks = config, teachers, device, ranks
+        if config.student.compile:
+            compile_student(self.student, config)
+        self.predict = spread(Predictor(self.student, config.seed), config.parallel.kind)
         self.optimizer = build_optimizer(self.student, config.optimizer)
         self.balance = build_balance(config)
         decay = config.optimizer.ema_decay
@@ -41,19 +54,32 @@ class Learner:
         """What is evaluated and fused: the average where there is one, else the student."""
         return self.student if self.ema is None else cast(Student, self.ema.module)
 
+    def whole_result(self) -> Student:
+        """Return `result` in one piece; where processes hold parts of it, all must call this."""
+        if self.config.parallel.kind != "fsdp":
+            return self.result
+        student = student_for(self.config, self.teachers, init=False)
+        student.load_state_dict(self._weights())
+        return student.to(self.device)
+
     def tensors(self) -> Tensors:
         """Return the state, one entry per file; those without a state are left out."""
-        model = {name: tensor.detach() for name, tensor in self.student.state_dict().items()}
-        tensors = {"model": model, "optimizer": optimizer_tensors(self.student, self.optimizer)}
+        optimizer = optimizer_tensors(self.student, self.optimizer)
+        tensors = {"model": self._weights(), "optimizer": optimizer}
         if self.ema is not None:
             tensors["ema"] = self.ema.state_dict()
         if balance := self.balance.state_dict():
             tensors["balance"] = balance
         return tensors
 
+    def _weights(self) -> dict[str, Tensor]:
+        return {name: whole(tensor.detach()) for name, tensor in self.student.state_dict().items()}
+
     def load(self, tensors: Tensors) -> None:
         """Put a state back, strictly; what follows is then equal bit for bit."""
-        self.student.load_state_dict(tensors["model"])
+        parts = self.student.state_dict()
+        model = {name: like(value, parts[name]) for name, value in tensors["model"].items()}
+        self.student.load_state_dict(model)
         load_optimizer(self.student, self.optimizer, tensors["optimizer"])
         self.balance.load_state_dict(tensors.get("balance", {}))
         if self.ema is not None:
@@ -85,6 +111,9 @@ def student_for(config: Config, teachers: Mapping[str, TeacherFacts], init: bool
     """Build the student of a run: a CLS token per teacher whose summary is matched.
 
     Without `init` a warm start is not read, since the weights are about to be replaced.
+
+    Raises:
+        RadioError: options that contradict each other, or a start that does not fit.
     """
     dims = {
         name: TeacherDims(
@@ -92,6 +121,13 @@ def student_for(config: Config, teachers: Mapping[str, TeacherFacts], init: bool
         )
         for name, facts in teachers.items()
     }
+    try:
+        return _built(config, dims, init)
+    except (ValueError, FileNotFoundError) as error:
+        raise RadioError(f"student: {error}") from error
+
+
+def _built(config: Config, dims: Mapping[str, TeacherDims], init: bool) -> Student:
     return build_student(
         size=config.student.size,
         patch_size=config.student.patch_size,
@@ -101,11 +137,12 @@ def student_for(config: Config, teachers: Mapping[str, TeacherFacts], init: bool
         adaptor_depth=config.student.adaptor_depth,
         layer_scale=config.student.layer_scale,
         init=config.student.init if init else None,
+        backbone=config.student.backbone,
         adaptor_kind=config.student.adaptor_kind,
         spectral=config.student.spectral,
         drop_path=config.student.drop_path,
         checkpointing=config.student.checkpointing,
         num_windowed=config.student.num_windowed,
         num_global=config.student.num_global,
-        upsample={name: config.teachers[name].upsample for name in teachers},
+        upsample={name: config.teachers[name].upsample for name in dims},
     )

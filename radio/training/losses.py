@@ -30,6 +30,9 @@ def cosine_loss(
     """1 - cos(x, y) (AM-RADIO 2312.06709, section 3); 1 where a vector is zero.
 
     A teacher's spread does not enter.
+
+    Recipe: cosine summary loss; AM-RADIO (2312.06709) section 3; losses.summary=cosine;
+    tests/test_losses.py::test_summary_losses_follow_their_oracles.
     """
     return 1 - (unit(wide(predicted), -1) * unit(wide(target), -1)).sum(-1)
 
@@ -43,30 +46,49 @@ def angle_loss(
         predicted: x.
         target: y.
         dispersion: Disp, the teacher's `angle_dispersion`.
+
+    Recipe: angle summary loss; C-RADIOv4 (2601.17237); losses.summary=angle;
+    tests/test_losses.py::test_summary_losses_follow_their_oracles.
     """
     return angle_between(predicted, target).square() / dispersion
 
 
 def mse_loss(predicted: Maps, target: Maps, valid: Valid) -> PerView:
-    """Mean over valid positions and channels of (x - y)^2 (PHI-S 2410.01680)."""
+    """Mean over valid positions and channels of (x - y)^2 (PHI-S 2410.01680).
+
+    Recipe: squared error on standardized features; PHI-S (2410.01680); losses.feature=mse;
+    tests/test_losses.py::test_losses_agree_with_torch_where_all_is_valid.
+    """
     return _masked_mean(_difference(predicted, target, valid).square().mean(1), valid)
 
 
 def smooth_l1_loss(predicted: Maps, target: Maps, valid: Valid) -> PerView:
-    """Mean over valid positions and channels of d^2 / 2 for |d| < 1, else |d| - 1/2; d = x - y."""
+    """Mean over valid positions and channels of d^2 / 2 for |d| < 1, else |d| - 1/2; d = x - y.
+
+    Recipe: smooth-L1 feature loss; AM-RADIO (2312.06709) section 3; losses.feature=smooth_l1;
+    tests/test_losses.py::test_losses_agree_with_torch_where_all_is_valid.
+    """
     difference = _difference(predicted, target, valid)
     error = F.smooth_l1_loss(difference, torch.zeros_like(difference), reduction="none")
     return _masked_mean(error.mean(1), valid)
 
 
 def cosine_map_loss(predicted: Maps, target: Maps, valid: Valid) -> PerView:
-    """Mean over valid positions of 1 - cos between feature vectors."""
+    """Mean over valid positions of 1 - cos between feature vectors.
+
+    Recipe: cosine feature loss; AM-RADIO (2312.06709) section 3; losses.feature=cosine;
+    tests/test_losses.py::test_feature_losses_follow_their_oracles.
+    """
     x, y = (unit(_masked(wide(maps), valid), 1) for maps in (predicted, target))
     return _masked_mean(1 - (x * y).sum(1), valid)
 
 
 def hybrid_loss(predicted: Maps, target: Maps, valid: Valid) -> PerView:
-    """0.9 (1 - cos) + 0.1 smooth-L1 (AM-RADIO 2312.06709, section 3)."""
+    """0.9 (1 - cos) + 0.1 smooth-L1 (AM-RADIO 2312.06709, section 3).
+
+    Recipe: hybrid feature loss, 0.9 cosine and 0.1 smooth-L1; AM-RADIO (2312.06709) section 3;
+    losses.feature=hybrid; tests/test_losses.py::test_feature_losses_follow_their_oracles.
+    """
     cosine = cosine_map_loss(predicted, target, valid)
     return 0.9 * cosine + 0.1 * smooth_l1_loss(predicted, target, valid)
 
@@ -77,6 +99,10 @@ def token_similarity_loss(predicted: Maps, target: Maps, valid: Valid) -> PerVie
     DINOv3's Gram anchoring |X X^T - Y Y^T|_F^2 on unit features (2508.10104, section 4), per
     picture and divided by the number of pairs. It compares relations only: neither the scale of a
     position nor a rotation common to all has an effect. Takes b (h w)^2 numbers of memory.
+
+    Recipe: token similarity loss (Gram anchoring); DINOv3 (2508.10104) section 4;
+    losses.feature=token_similarity;
+    tests/test_losses.py::test_token_similarity_knows_neither_scales_nor_rotations.
     """
     with torch.autocast(predicted.device.type, enabled=False):  # it would multiply in bfloat16
         x, y = (unit(_masked(wide(maps), valid), 1).flatten(2) for maps in (predicted, target))
@@ -85,15 +111,18 @@ def token_similarity_loss(predicted: Maps, target: Maps, valid: Valid) -> PerVie
     return difference.square().sum((1, 2)) / pairs
 
 
-def weighted_mean(per_example: PerView, num_valid: Shaped[Tensor, " b"]) -> Float[Tensor, ""]:
-    """Mean over views weighted by sqrt(valid positions), as RADIO weighs resolutions.
+def weighted_sum(per_example: PerView, num_valid: Shaped[Tensor, " b"]) -> Float[Tensor, 2]:
+    """Return (sum of weight x loss, sum of weights), a view's weight sqrt(valid positions).
 
-    A view without valid positions has no effect; without any at all the mean is 0.
+    So RADIO weighs resolutions. A view without valid positions has no effect.
+
+    Recipe: views weighted by the root of their valid tokens; NVIDIA-TAO/tao-pytorch; always;
+    tests/test_losses.py::test_views_weigh_the_root_of_their_valid_positions.
     """
     values = wide(per_example)
     weights = num_valid.to(values.dtype).sqrt()
     kept = torch.where(weights > 0, values, torch.zeros_like(values))
-    return (kept * weights).sum() / weights.sum().clamp_min(torch.finfo(values.dtype).tiny)
+    return torch.stack([(kept * weights).sum(), weights.sum()])
 
 
 def _difference(predicted: Maps, target: Maps, valid: Valid) -> Maps:

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from radio.config import OptimizerConfig
 from radio.errors import RadioError
+from radio.training.parallel import like, whole
 
 # Tables that are added, not multiplied; of a spectral reparametrisation the weight itself, whose
 # norm has no effect: PHI-S decays its scale (2410.01680, A.7).
 NO_DECAY = ("pos_embed", "cls_token.token", "parametrizations.weight.original")
+GROUP = "group "
 
 
 def build_optimizer(student: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
@@ -21,6 +23,11 @@ def build_optimizer(student: nn.Module, config: OptimizerConfig) -> torch.optim.
 
     Raises:
         RadioError: timm knows no optimizer of that name.
+
+    Recipe: AdamW; AM-RADIO (2312.06709); optimizer.name=adamw, optimizer.weight_decay;
+    tests/test_recipe.py::test_the_recipes_optimizers_take_their_oracles_step.
+    Recipe: LAMB; PHI-S (2410.01680) section A.7; optimizer.name=lamb, optimizer.weight_decay;
+    tests/test_recipe.py::test_the_recipes_optimizers_take_their_oracles_step.
     """
     from timm.optim import create_optimizer_v2, list_optimizers  # slow import
 
@@ -43,6 +50,12 @@ def learning_rate(base: float, warmup_steps: int, stage_step: int, stage_steps: 
     """Return the rate of a step: linear warm-up to `base` over `warmup_steps`, then cosine to zero.
 
     PHI-S restarts the cosine in every stage (2410.01680, A.7), so the step is the stage's own.
+
+    Recipe: cosine that starts anew in each stage; PHI-S (2410.01680) section A.7; optimizer.lr,
+    stages[].lr, stages[].steps;
+    tests/test_stages.py::test_the_rate_warms_up_and_falls_to_zero_in_every_stage.
+    Recipe: linear warm-up; ours; optimizer.warmup_steps;
+    tests/test_stages.py::test_the_rate_warms_up_and_falls_to_zero_in_every_stage.
     """
     if stage_step < warmup_steps:
         return base * (stage_step + 1) / (warmup_steps + 1)
@@ -58,10 +71,18 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def optimizer_tensors(student: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the optimizer's state as `<parameter>|<slot>` tensors."""
+    """Return the optimizer's state as `<parameter>|<slot>` tensors.
+
+    LAMB counts its steps by parameter group: `group <number>|step`.
+    """
     names: dict[Tensor, str] = {parameter: name for name, parameter in student.named_parameters()}
-    return {
-        f"{names[parameter]}|{slot}": value.detach()
+    counts = {
+        f"{GROUP}{number}|step": torch.tensor(group["step"])
+        for number, group in enumerate(optimizer.param_groups)
+        if "step" in group
+    }
+    return counts | {
+        f"{names[parameter]}|{slot}": whole(value.detach())
         for parameter, slots in optimizer.state.items()
         for slot, value in slots.items()
     }
@@ -74,6 +95,9 @@ def load_optimizer(
     parameters = dict(student.named_parameters())
     for key, value in tensors.items():
         name, slot = key.rsplit("|", 1)
+        if name.startswith(GROUP):
+            optimizer.param_groups[int(name.removeprefix(GROUP))][slot] = int(value)
+            continue
         parameter = parameters[name]
         on = parameter.device if value.ndim else value.device  # step counters stay on the CPU
-        optimizer.state[parameter][slot] = value.to(on)
+        optimizer.state[parameter][slot] = like(value, parameter) if value.ndim else value.to(on)

@@ -21,6 +21,9 @@ def refit_adaptor(
 
     With y' = W1 (y - mu1) before and y'' = W2 (y - mu2) after, y'' = W2 W1^-1 y' + W2 (mu1 - mu2).
     The optimizer's moments of the two parameters are of another space and are dropped.
+
+    Recipe: standardizers fitted again for a stage; PHI-S (2410.01680) section A.7; stages[].refit;
+    tests/test_stages.py::test_a_refit_changes_no_prediction_in_the_teachers_space.
     """
     matrix = after.matrix @ before.inverse
     shift = after.matrix @ (before.mean - after.mean)

@@ -28,6 +28,9 @@ def damp(module: nn.Module, std: float, generator: torch.Generator) -> Iterator[
         std: sigma; the authors train ViTs with 0.15, NVIDIA's is not published.
         generator: what makes the step's noise a function of the step; on the weights' device it
             spares a copy.
+
+    Recipe: multiplicative noise on the weights; DAMP (2406.16540); student.damp;
+    tests/test_regularise.py::test_damp_follows_its_oracle.
     """
     linears = [each for each in module.modules() if isinstance(each, nn.Linear)]
     outer = [each.__dict__.get("forward") for each in linears]
@@ -66,6 +69,9 @@ class Ema:
     timm's ModelEmaV3 averages; the warm-up, the frozen float32 copy and the names are ours.
     (torch's AveragedModel overwrites at its first update and knows no step but its own count.)
     Buffers are copied. The average is in eval mode, and nothing but `update` changes it.
+
+    Recipe: moving average of the student; NVlabs/RADIO hubconf.py; optimizer.ema_decay;
+    tests/test_regularise.py::test_the_average_follows_its_oracle.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:

@@ -20,14 +20,27 @@ from radio.errors import RadioError
 from radio.files import write_whole
 
 # What may differ between a run and its resumption without changing what it computes.
-FREE = ("stream", "cluster", "checkpoint", "log_every_steps", "evaluation", "threads", "device")
+FREE = (
+    "out",
+    "stream",
+    "cache",
+    "cluster",
+    "checkpoint",
+    "log_every_steps",
+    "evaluation",
+    "threads",
+    "device",
+    "parallel.kind",
+    "parallel.placement",
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class RunFolder:
-    """Paths and the metrics file of one run."""
+    """Paths and the metrics file of one run; of several processes only the leading one writes."""
 
     path: Path
+    leads: bool = True
 
     @property
     def checkpoints(self) -> Path:
@@ -41,6 +54,8 @@ class RunFolder:
 
     def append(self, record: dict[str, Any]) -> None:
         """Add one record to metrics.jsonl."""
+        if not self.leads:
+            return
         with self.metrics.open("a") as file:
             file.write(json.dumps(record) + "\n")
 
@@ -58,6 +73,8 @@ class RunFolder:
 
     def cut(self, step: int) -> None:
         """Drop the records of steps that were not finished at `step`."""
+        if not self.leads:
+            return
         kept = [record for record in self.records() if record["step"] <= step]
         write_whole(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
 
@@ -75,7 +92,7 @@ def refuse_changes(before: Config, now: Config, where: Path) -> None:
     changed = sorted(
         key
         for key in old.keys() | new.keys()
-        if key.split(".")[0] not in (*FREE, "out") and old.get(key) != new.get(key)
+        if old.get(key) != new.get(key) and not f"{key}.".startswith(tuple(f"{f}." for f in FREE))
     )
     if changed:
         lines = "".join(f"\n  {key}: {old.get(key)} -> {new.get(key)}" for key in changed[:8])
@@ -86,9 +103,12 @@ def refuse_changes(before: Config, now: Config, where: Path) -> None:
 
 
 @contextmanager
-def open_run(config: Config) -> Iterator[RunFolder]:
-    """Hold the run's folder; a second process is refused, a dead one's hold is gone."""
+def open_run(config: Config, leads: bool = True) -> Iterator[RunFolder]:
+    """Hold the run's folder; a second run is refused, a dead one's hold is gone."""
     path = Path(config.out)
+    if not leads:
+        yield RunFolder(path, leads=False)
+        return
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -14,20 +14,24 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from radio.config import Config
+from radio.config import Config, StageConfig
 from radio.data.plan import Plan, seed_for
-from radio.targets.grid import to_grid
+from radio.data.ranks import Ranks
+from radio.targets.grid import Grid, to_grid
 from radio.targets.stream import PartitionBatch, StepBatch, Target
 from radio.training.balance import Balance
 from radio.training.equivariance import mesa_loss, shift_equivariant_loss
 from radio.training.learner import Learner
-from radio.training.losses import FEATURE_LOSSES, RIGHT_ANGLE, SUMMARY_LOSSES, weighted_mean
+from radio.training.losses import FEATURE_LOSSES, RIGHT_ANGLE, SUMMARY_LOSSES, weighted_sum
 from radio.training.optim import learning_rate, set_learning_rate
+from radio.training.parallel import summed
+from radio.training.predictor import Prediction
 from radio.training.regularise import damp
 from student.model import Student, StudentOutput
 from student.vit import VitOutput
 
 MESA = "average/mesa"  # the loss that is no teacher's
+ALONE = Ranks()
 PerView = dict[str, tuple[Tensor, Tensor]]  # loss [b] and number of valid positions [b], by name
 
 
@@ -38,7 +42,6 @@ def training_step(
     student, optimizer = learner.student, learner.optimizer
     number, stage_step = plan.locate(batch.step)
     stage = config.stages[number]
-    torch.manual_seed(seed_for(config.seed, "step", batch.step))
     base = config.optimizer.lr if stage.lr is None else stage.lr
     rate = learning_rate(base, config.optimizer.warmup_steps, stage_step, stage.steps)
     set_learning_rate(optimizer, rate)
@@ -48,22 +51,25 @@ def training_step(
     with noisy_weights(student, batch.step, config, device):
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
             parts = [
-                partition_losses(partition, learner, config, device)
-                for partition in batch.partitions
+                partition_losses(partition, said, learner, config)
+                for partition, said in zip(
+                    batch.partitions, learner.predict(batch, device), strict=True
+                )
             ]
-        total = total_loss(parts, learner.balance, batch.step, config)
-        torch.autograd.backward(total)
+        losses = averaged(parts, loss_names(config, stage), learner.ranks)
+        total = total_loss(parts, losses, learner.balance, batch.step, config)
+        torch.autograd.backward(total * learner.ranks.size)  # processes average their gradients
     if config.optimizer.clip_norm is not None:
         torch.nn.utils.clip_grad_norm_(student.parameters(), config.optimizer.clip_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     if learner.ema is not None:
         learner.ema.update(student, batch.step)
-    return {name: loss.detach() for name, loss in averaged(parts).items()}
+    return {name: loss.detach() for name, loss in losses.items()}
 
 
 def partition_losses(
-    partition: PartitionBatch, learner: Learner, config: Config, device: torch.device
+    partition: PartitionBatch, said: Prediction, learner: Learner, config: Config
 ) -> PerView:
     """Return (loss [b], number of valid positions [b]) by loss name for one partition.
 
@@ -71,76 +77,96 @@ def partition_losses(
     then brought to the target's grid: the other order gives other gradients (lineage: cosine 0.79
     between them). Nothing here waits for the device.
     """
-    images = partition.images.to(device)
-    tokens = learner.student.backbone(images, partition.merge_per_block, partition.window)
-    outputs = learner.student.predict(tokens)
     summary_loss = SUMMARY_LOSSES[config.losses.summary]
     losses: PerView = {}
     for name, target in partition.targets.items():
-        output, weights = outputs[name], config.teachers[name]
+        output, weights = said.outputs[name], config.teachers[name]
         if weights.feature_weight:
-            losses[f"{name}/features"] = feature_losses(output, target, images, config)
+            losses[f"{name}/features"] = feature_losses(output, target, said.grid, config)
         if weights.summary_weight and output.summary is not None and target.summary is not None:
             spread = learner.dispersions.get(name, RIGHT_ANGLE)
-            per_view = summary_loss(output.summary.float(), target.summary.to(device), spread)
+            summary = output.summary.float()
+            per_view = summary_loss(summary, target.summary.to(summary.device), spread)
             losses[f"{name}/summary"] = per_view, torch.ones_like(per_view)
     if partition.twin_images is not None:
-        losses[MESA] = average_losses(tokens, partition, learner, device)
+        losses[MESA] = average_losses(said.tokens, partition, learner)
     return losses
 
 
 def feature_losses(
-    output: StudentOutput, target: Target, images: Tensor, config: Config
+    output: StudentOutput, target: Target, patches: Grid, config: Config
 ) -> tuple[Tensor, Tensor]:
     """Return (loss [b], number of positions [b]) of a teacher's features.
 
     Where the teacher saw another part of the crop, only what is common is compared (C-RADIOv4).
     """
     feature_loss = FEATURE_LOSSES[config.losses.feature]
-    features, valid = target.features.to(images.device), target.valid.to(images.device)
+    device = output.features.device
+    features, valid = target.features.to(device), target.valid.to(device)
     predicted = to_grid(output.features.float(), (valid.shape[-2], valid.shape[-1]))
     if target.shift is None:
         return feature_loss(predicted, features, valid), valid.flatten(1).sum(1)
-    patch = config.student.patch_size
-    patches = images.shape[-2] // patch, images.shape[-1] // patch
     return shift_equivariant_loss(predicted, features, valid, target.shift, patches, feature_loss)
 
 
 def average_losses(
-    tokens: VitOutput, partition: PartitionBatch, learner: Learner, device: torch.device
+    tokens: VitOutput, partition: PartitionBatch, learner: Learner
 ) -> tuple[Tensor, Tensor]:
     """Return the student's (loss [b], positions [b]) against its own average (C-RADIOv4, MESA)."""
     assert partition.twin_images is not None and partition.twin_shift is not None
-    images = partition.twin_images.to(device)
+    images = partition.twin_images.to(tokens.features.device)
     with torch.no_grad():
         average = learner.result.backbone(images, partition.merge_per_block, partition.window)
     return mesa_loss(tokens.features, average.features, partition.twin_shift)
 
 
-def averaged(parts: Sequence[PerView]) -> dict[str, Tensor]:
-    """Return each loss over the views of all partitions.
+def averaged(
+    parts: Sequence[PerView], names: Sequence[str], ranks: Ranks = ALONE
+) -> dict[str, Tensor]:
+    """Return each loss over the views of all partitions and processes.
 
-    A loss is one weighted mean, each view weighted by the square root of its valid positions.
+    A loss is one weighted mean, each view weighted by the square root of its valid positions. Its
+    gradient is that of this process's views.
     """
-    names = dict.fromkeys(name for part in parts for name in part)
-    return {
-        name: weighted_mean(
-            torch.cat([part[name][0] for part in parts if name in part]),
-            torch.cat([part[name][1] for part in parts if name in part]),
-        )
-        for name in names
-    }
+    found = [name for name in names if ranks.size > 1 or any(name in part for part in parts)]
+    sums = {name: [weighted_sum(*part[name]) for part in parts if name in part] for name in found}
+    nothing = torch.zeros(2)
+    rows = [torch.stack(sums[name]).sum(0) if sums[name] else nothing for name in found]
+    local = torch.stack([row.to(rows[0].device) for row in rows])
+    whole = summed(local.detach().clone(), ranks)
+    weight = whole[:, 1].clamp_min(torch.finfo(whole.dtype).tiny)
+    mine, value = local[:, 0] / weight, whole[:, 0] / weight
+    losses = mine + (value - mine.detach()) if ranks.size > 1 else mine
+    return dict(zip(found, losses.unbind(), strict=True))
+
+
+def loss_names(config: Config, stage: StageConfig) -> list[str]:
+    """Return the names of a stage's losses, the same in every process."""
+    names = []
+    for name, teacher in config.teachers.items():
+        modes = {part.views[name] for part in stage.partitions.values() if name in part.views}
+        if modes and teacher.feature_weight:
+            names.append(f"{name}/features")
+        has_summary = teacher.card.summary_dim is not None and modes - {"mosaic", "tiled"}
+        if has_summary and teacher.summary_weight:
+            names.append(f"{name}/summary")
+    return names + ([MESA] if config.losses.mesa_weight else [])
 
 
 def total_loss(
-    parts: Sequence[PerView], balance: Balance, step: int, config: Config
+    parts: Sequence[PerView],
+    losses: Mapping[str, Tensor],
+    balance: Balance,
+    step: int,
+    config: Config,
 ) -> Float[Tensor, ""]:
     """Return the sum over teachers that is descended, weighted by the user and the balance."""
     generator = torch.Generator().manual_seed(seed_for(config.seed, "balance", step))
     weights = loss_weights(config)
     if balance.per_view:
         parts = [_balanced_views(part, weights, balance, generator) for part in parts]
-    weighted = {name: weights[name] * loss for name, loss in averaged(parts).items()}
+        losses = averaged(parts, list(losses))
+    weighted = {name: weights[name] * loss for name, loss in losses.items()}
     if not balance.per_view:
         factors = balance.weights(_of_teachers(weighted), generator)
         weighted |= {name: factor * weighted[name] for name, factor in factors.items()}
