@@ -30,7 +30,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-out = Console()
+# Of torchrun's processes the leading one speaks; all of them may report an error.
+out = Console(quiet=os.environ.get("RANK", "0") != "0")
 err = Console(stderr=True)
 
 Overrides = Annotated[
@@ -96,9 +97,12 @@ def train(overrides: Overrides = None, dry_run: DryRun = False) -> None:
         from radio.training.distill import distill
 
         result = distill(config)
-    _print_result(result)
-    out.print(f"report    {result.out / 'report.html'}")
-    out.print(f"next      radio fuse {result.out} {result.out / 'encoder'}")
+    for name, student in {"": result, **result.students}.items():
+        if name:
+            out.print(f"\nstudent {name}")
+        _print_result(student)
+        out.print(f"report    {student.out / 'report.html'}")
+        out.print(f"next      radio fuse {student.out} {student.out / 'encoder'}")
 
 
 @app.command()
@@ -349,7 +353,7 @@ def main() -> None:
     handler = RichHandler(console=err, show_path=False, show_level=False, markup=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     for name in ("radio", "ray_jobs"):
-        logging.getLogger(name).setLevel(logging.INFO)
+        logging.getLogger(name).setLevel(logging.WARNING if out.quiet else logging.INFO)
     hidden = shadowing_package()
     if hidden:
         err.print(f"error: {hidden}; install radio-distill in an environment of its own")

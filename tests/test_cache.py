@@ -19,6 +19,7 @@ import torch
 from test_distill import losses_of, rows_of
 from tiny import tiny_config
 
+from radio.checks import check
 from radio.config import Config
 from radio.data.plan import PartitionSpec, StepSpec, ViewSpec, training_plan
 from radio.data.shards import open_images
@@ -338,7 +339,7 @@ def test_another_teacher_behind_the_same_tag_is_refused_by_name(tmp_path: Path) 
 def test_views_that_never_repeat_are_refused_by_both_keys(plain: Config) -> None:
     config = with_value(plain, "data.repeat_epochs", 0)
     with pytest.raises(RadioError, match=r"cache=.*data\.repeat_epochs=0"):
-        open_stream(config, never)
+        check(config)
 
 
 def test_without_a_cache_the_stream_is_the_live_one(plain: Config) -> None:

@@ -13,8 +13,10 @@ from radio.errors import RadioError
 class Ranks:
     """This process among `size`; with placement by_rank it has views of one partition only.
 
-    Where sources place partitions on different GPUs (AM-RADIO 2312.06709, 4; PHI-S A.7), the
-    gradients are those of all partitions together.
+    Where papers place partitions on different GPUs, the gradients are those of all together.
+
+    Recipe: partitions on different ranks; AM-RADIO (2312.06709); parallel.placement;
+    tests/test_parallel.py::test_four_ranks_have_the_gradients_of_one_process.
     """
 
     rank: int = 0

@@ -75,6 +75,9 @@ def random_crop(
     A share `scale` of the area and a log-uniform aspect `ratio`; where ten tries do not fit, the
     largest centred box within the ratio. Mirrored with probability 1/2. Only uniforms of PCG64 are
     drawn and boxes are rounded, so the result is the same on every machine.
+
+    Recipe: random scale and crop; AM-RADIO (2312.06709); data.crop_scale;
+    tests/test_views.py::test_crops_are_distributed_like_torchvisions.
     """
     rng = np.random.Generator(np.random.PCG64(seed))
     flip = bool(rng.random() < 0.5)
@@ -97,6 +100,9 @@ def part_of(crop: Crop, offset: tuple[int, int], framing: Framing) -> Crop:
     """Return the grid's part of a crop that is a margin larger, `offset` patches down and right.
 
     Right is said of the view, so a mirrored crop counts from its other side.
+
+    Recipe: crops whole patches apart; C-RADIOv4 (2601.17237); data.shift_margin;
+    tests/test_shifts.py::test_readers_see_parts_of_one_crop_whole_patches_apart.
     """
     left, top, right, bottom = crop.box
     (rows, columns), margin = framing.grid, framing.margin

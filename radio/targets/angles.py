@@ -27,7 +27,11 @@ def angle_between(x: Summaries, y: Summaries) -> PerView:
 
 
 def angle_dispersion(targets: Summaries) -> Float[Tensor, ""]:
-    """Disp = E[Theta(y, mu)^2], mu = E[y] / |E[y]|, in radians squared (C-RADIOv4)."""
+    """Disp = E[Theta(y, mu)^2], mu = E[y] / |E[y]|, in radians squared (C-RADIOv4).
+
+    Recipe: measured dispersion of the summaries; C-RADIOv4 (2601.17237); losses.summary=angle;
+    tests/test_shifts.py::test_the_spread_of_summaries_is_measured_and_divides_the_angle.
+    """
     centre = wide(targets).mean(0, keepdim=True)
     return angle_between(wide(targets), centre.expand(len(targets), -1)).square().mean()
 

@@ -51,8 +51,8 @@ class CachedStream:
         live: makes the stream that is asked for what is missing.
         sources: the run's pictures, where the caller has opened them already.
 
-    Raises:
-        RadioError: no `cache`, or views that never repeat.
+    Recipe: targets of augmented views kept and replayed; ours; cache, data.repeat_epochs;
+    tests/test_cache.py::test_training_from_the_cache_is_training_live_without_a_teacher.
     """
 
     def __init__(
@@ -61,12 +61,7 @@ class CachedStream:
         live: Callable[[], Stream],
         sources: Mapping[str, ImageSource] | None = None,
     ) -> None:
-        if config.cache is None or config.data.repeat_epochs < 1:
-            raise RadioError(
-                f"cache={config.cache} with data.repeat_epochs={config.data.repeat_epochs}: views "
-                "that never repeat are never found again; set data.repeat_epochs to 1 or more, or "
-                "cache=null"
-            )
+        assert config.cache is not None, "open_stream asks"
         self.config = config
         self.entries = EntryFolder(Path(config.cache))
         self.hits = self.misses = 0

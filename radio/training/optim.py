@@ -77,7 +77,7 @@ def optimizer_tensors(student: nn.Module, optimizer: torch.optim.Optimizer) -> d
     """
     names: dict[Tensor, str] = {parameter: name for name, parameter in student.named_parameters()}
     counts = {
-        f"{GROUP}{number}|step": torch.tensor(group["step"])
+        f"{GROUP}{number}|step": torch.as_tensor(group["step"]).clone()
         for number, group in enumerate(optimizer.param_groups)
         if "step" in group
     }
@@ -96,7 +96,7 @@ def load_optimizer(
     for key, value in tensors.items():
         name, slot = key.rsplit("|", 1)
         if name.startswith(GROUP):
-            optimizer.param_groups[int(name.removeprefix(GROUP))][slot] = int(value)
+            optimizer.param_groups[int(name.removeprefix(GROUP))][slot] = value.clone()
             continue
         parameter = parameters[name]
         on = parameter.device if value.ndim else value.device  # step counters stay on the CPU

@@ -38,7 +38,12 @@ PerView = dict[str, tuple[Tensor, Tensor]]  # loss [b] and number of valid posit
 def training_step(
     learner: Learner, batch: StepBatch, config: Config, plan: Plan, device: torch.device
 ) -> dict[str, Tensor]:
-    """Take one step of the algorithm and return the unweighted losses, still on the device."""
+    """Take one step of the algorithm and return the unweighted losses, still on the device.
+
+    Recipe: frozen trunk at a stage's start; PHI-S (2410.01680) section A.7;
+    stages[].frozen_trunk_steps;
+    tests/test_stages.py::test_only_the_adaptors_move_while_the_trunk_is_frozen.
+    """
     student, optimizer = learner.student, learner.optimizer
     number, stage_step = plan.locate(batch.step)
     stage = config.stages[number]

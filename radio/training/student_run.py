@@ -55,6 +55,9 @@ class RunResult:
 class StudentRun:
     """One student between its folder and the stream.
 
+    Recipe: several students from one teacher pass; ours; students;
+    tests/test_students.py::test_each_student_is_bit_equal_to_its_run_alone.
+
     Args:
         config: the run's, with this student in the place of `student`.
         stream: where held-out targets and those of a fit come from.
