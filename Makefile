@@ -1,5 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
+# Two tests at a time, a file in one process; threads that wait must not keep the others' cores.
+PYTEST := OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 STAMP := .venv/.installed
 
 .PHONY: help setup demo test test-all check golden benchmark docs clean
@@ -18,10 +20,10 @@ demo: $(STAMP)  ## the whole idea on real photographs, about 2.5 minutes on two 
 	$(BIN)/radio demo
 
 test: check  ## checks, then the fast tests (real Ray, no network)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-all: check  ## checks, then every test, the slow ones too
-	$(BIN)/python -m pytest -m "not gpu and not network"
+	$(PYTEST) -m "not gpu and not network"
 
 check: $(STAMP)  ## ruff, mypy strict, import contracts
 	$(BIN)/ruff check .

@@ -23,9 +23,10 @@ import torch.nn.functional as F
 from record import write
 
 from radio.config import Config
+from radio.data.configured import training_plan
 from radio.data.mosaic import Mosaic
 from radio.data.photographs import write_photographs
-from radio.data.plan import Plan, StepSpec, seed_for, training_plan
+from radio.data.plan import Plan, StepSpec, seed_for
 from radio.targets.fit import fit, read_fitted
 from radio.targets.stream import LocalStream, Stream
 from radio.targets.target_maker import Request, build_readers

@@ -214,7 +214,11 @@ def _check_trunk(config: Config, where: str, partition: PartitionConfig) -> None
     if backbone is None:
         return
     merge = config.student.merge_per_block if merge is None else merge
-    wanted = {f"{where}.merge_per_block": merge, f"{where}.window": partition.window}
+    wanted = {
+        f"{where}.merge_per_block": merge,
+        f"{where}.window": partition.window,
+        f"{where}.windows": partition.windows,
+    }
     for key, value in wanted.items():
         if value:
             raise RadioError(
@@ -247,14 +251,18 @@ def _check_aspects(where: str, partition: PartitionConfig) -> None:
 
 def _check_window(config: Config, where: str, partition: PartitionConfig) -> None:
     """Refuse a window that does not tile every grid, or that meets token merging."""
-    if partition.window is None:
+    if partition.window is None and not partition.windows:
         return
     merge = partition.merge_per_block
     if config.student.merge_per_block if merge is None else merge:
         raise RadioError(
             f"{where}.window goes with no token merging; set {where}.merge_per_block=0, or "
-            f"{where}.window=null"
+            f"{where}.window=null and {where}.windows=[]"
         )
+    if any(window < 0 for window in partition.windows):
+        raise RadioError(f"{where}.windows is {partition.windows}; each is 0 (none) or more tokens")
+    if partition.window is None:
+        return
     for size in (partition.image_size, *partition.image_sizes):
         side = size // config.student.patch_size
         if partition.window < 1 or side % partition.window:

@@ -148,7 +148,8 @@ class PartitionConfig:
     """A share of a step: its resolution, its batch, and each teacher's view mode.
 
     With `image_sizes` every step draws one of them (C-RADIOv4), with `aspects` one width over
-    height at about the same area; the square of `image_size` is what is measured.
+    height at about the same area, with `windows` one of those that tile its grid (0: none); the
+    square of `image_size` with `window` is what is measured.
     """
 
     image_size: int = MISSING
@@ -158,6 +159,7 @@ class PartitionConfig:
     image_sizes: list[int] = dataclasses.field(default_factory=list)
     aspects: list[float] = dataclasses.field(default_factory=list)
     window: int | None = None  # tokens along a window's side; null: attention is global
+    windows: list[int] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass

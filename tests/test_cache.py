@@ -21,7 +21,8 @@ from tiny import tiny_config
 
 from radio.checks import check
 from radio.config import Config
-from radio.data.plan import PartitionSpec, StepSpec, ViewSpec, training_plan
+from radio.data.configured import training_plan
+from radio.data.plan import PartitionSpec, StepSpec, ViewSpec
 from radio.data.shards import open_images
 from radio.errors import RadioError
 from radio.targets import codec

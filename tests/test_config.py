@@ -6,7 +6,7 @@ import pytest
 from tiny import tiny_config
 
 from radio.config import choices, config_dir, from_yaml, load, load_teacher, to_yaml
-from radio.data.plan import training_plan
+from radio.data.configured import training_plan
 from radio.errors import RadioError
 
 LOW = "stages.0.partitions.low"

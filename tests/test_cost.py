@@ -7,8 +7,8 @@ import torch
 from tiny import tiny_config
 from torch.utils.flop_counter import FlopCounterMode
 
-from radio.config import choices, load
-from radio.training.cost import GPU_TFLOPS, stage_cost, vit_gflop
+from radio.config import StudentConfig, choices, load
+from radio.training.cost import GPU_TFLOPS, stage_cost, trunk_gflop, vit_gflop
 from student.vit import SIZES, VisionTransformer
 
 
@@ -52,3 +52,18 @@ def test_hours_are_steps_times_tflop(tmp_path: Path) -> None:
 def test_every_experiment_has_a_cost(name: str) -> None:
     config = load([f"experiment={name}", "data.train=photos"])
     assert all(stage_cost(config, stage).gpu_hours > 0 for stage in config.stages)
+
+
+def test_students_add_up_and_mesa_takes_a_forward_more(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    alone = stage_cost(config, config.stages[0])
+    config.students = {"small": StudentConfig(size="small", image_size=64)}
+    both = stage_cost(config, config.stages[0])
+    assert both.teachers == alone.teachers and both.student > 3 * alone.student
+    config.students, config.losses.mesa_weight = {}, 1.0
+    assert stage_cost(config, config.stages[0]).student == pytest.approx(alone.student * 4 / 3)
+
+
+def test_a_trunks_cost_is_counted() -> None:
+    """4.09 G multiply-adds for ResNet-50 at 224 px, as its paper's table says 4.1."""
+    assert trunk_gflop("resnet50", 224) == pytest.approx(2 * 4.1, rel=0.02)

@@ -16,7 +16,7 @@ from picture_zoo import colours
 from tiny import tiny_config, write_pictures
 
 from radio.config import Config, choices, config_dir, load, load_teacher
-from radio.data.plan import stage_plans
+from radio.data.configured import stage_plans
 from radio.encoder.fuse import fuse
 from radio.training.cost import stage_cost
 from radio.training.distill import distill

@@ -20,7 +20,8 @@ from test_distill import losses_of, rows_of
 from tiny import tiny_config, write_pictures
 
 from radio.checks import check
-from radio.data.plan import PartitionPlan, Plan, StagePlan, training_plan
+from radio.data.configured import training_plan
+from radio.data.plan import PartitionPlan, Plan, StagePlan
 from radio.data.ranks import Ranks, micro_shards
 from radio.errors import RadioError
 from radio.targets.stream import LocalStream

@@ -16,7 +16,8 @@ from tiny import tiny_config
 
 from radio.checks import check
 from radio.config import Config
-from radio.data.plan import PartitionSpec, ViewSpec, shape_of, training_plan
+from radio.data.configured import training_plan
+from radio.data.plan import PartitionSpec, ViewSpec, shape_of
 from radio.data.views import Crop, Framing, ViewReader, part_of, random_crop
 from radio.encoder.fuse import weights_of
 from radio.errors import RadioError
@@ -173,6 +174,29 @@ def test_aspects_are_drawn_by_the_step(tmp_path: Path) -> None:
                 grid = tuple(side // 16 for side in spec.pixels)
                 assert tuple(part.images.shape[-2:]) == spec.pixels
                 assert tuple(part.targets["parts"].features.shape[-2:]) == grid
+
+
+def test_windows_are_drawn_among_those_that_tile_the_grid(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, steps=3)
+    low, high = (config.stages[0].partitions[name] for name in ("low", "high"))
+    high.merge_per_block, high.windows = 0, [0, 2, 3, 4]
+    check(config)
+    plan = training_plan(config, 240)
+    assert [plan(step).partitions[0].window for step in range(3)] == [None] * 3
+    config.stages[0].steps = 40
+    drawn = [training_plan(config, 400)(step).partitions[1].window for step in range(40)]
+    assert set(drawn) == {None, 2, 4}, "3 does not tile 4 x 4 tokens"
+    config.stages[0].steps = 3
+    assert len(losses_of(distill(config).out)) == 3
+    high.windows = [3]
+    with pytest.raises(RadioError, match=r"'high' has windows \[3\].*4 x 4 tokens of 64 x 64"):
+        training_plan(config, 24)
+    high.windows, high.merge_per_block = [2], 1
+    with pytest.raises(RadioError, match=r"high\.window goes with no token merging"):
+        check(config)
+    low.windows = [-1]
+    with pytest.raises(RadioError, match=r"low\.windows is \[-1\]"):
+        check(config)
 
 
 def test_a_shape_has_whole_patches_about_its_area_and_its_aspect() -> None:

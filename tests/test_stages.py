@@ -14,7 +14,8 @@ from tiny import tiny_config
 from torch import nn
 
 from radio.config import Config, PartitionConfig, StageConfig, check
-from radio.data.plan import PartitionPlan, Plan, StagePlan, training_plan
+from radio.data.configured import training_plan
+from radio.data.plan import PartitionPlan, Plan, StagePlan
 from radio.encoder.fuse import fuse, weights_of
 from radio.errors import RadioError
 from radio.targets.standardize import PerChannel, PhiS, load_standardizers

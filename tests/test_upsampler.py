@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from radio.checks import check
 from radio.config import Config
-from radio.data.plan import training_plan
+from radio.data.configured import training_plan
 from radio.errors import RadioError
 from radio.targets.stream import LocalStream
 from radio.targets.target_maker import Request

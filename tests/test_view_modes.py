@@ -14,7 +14,8 @@ from tiny import fake_teacher, tiny_config
 
 from radio import checks as configuration
 from radio.config import Config, check
-from radio.data.plan import PartitionSpec, training_plan
+from radio.data.configured import training_plan
+from radio.data.plan import PartitionSpec
 from radio.errors import RadioError
 from radio.targets import grid
 from radio.targets.codec import decode

@@ -11,8 +11,6 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from radio.config import Config, PartitionConfig
-from radio.data.mosaic import Mosaic
 from radio.errors import RadioError
 
 ROUNDS = (
@@ -110,6 +108,7 @@ class PartitionPlan:
     patch_size: int = 16
     margin: int = 0
     micro_shard: int | None = None
+    windows: tuple[int, ...] = ()
 
     @property
     def num_shards(self) -> int:
@@ -204,10 +203,12 @@ class Plan:
             key = epoch, step_of_epoch
             size = self._size(partition, key)
             spec = _with_views(partition, views, size, self._order(partition, key))
+            shape = self._shape(partition, size, key)
             partitions.append(
                 replace(
                     spec,
-                    shape=self._shape(partition, size, key),
+                    shape=shape,
+                    window=self._window(partition, shape or (size, size), key),
                     margin=partition.margin,
                     shards=tuple(range(partition.num_shards)),
                 )
@@ -252,6 +253,20 @@ class Plan:
             size, partition.aspects[drawn % len(partition.aspects)], partition.patch_size
         )
 
+    def _window(
+        self, partition: PartitionPlan, shape: tuple[int, int], key: tuple[int, int]
+    ) -> int | None:
+        """Return a step's window, drawn among those that tile its grid.
+
+        Recipe: windows drawn by the step; AM-RADIO (2312.06709); stages[].partitions.*.windows;
+        tests/test_shifts.py::test_windows_are_drawn_among_those_that_tile_the_grid.
+        """
+        fitting = windows_for(partition.windows, shape, partition.patch_size)
+        if not fitting:
+            return partition.window
+        drawn = seed_for(self.seed, f"window/{partition.name}", *key)
+        return fitting[drawn % len(fitting)] or None
+
     def held_out(
         self, num_samples: int, batch: int, teachers: Collection[str]
     ) -> list[PartitionSpec]:
@@ -279,6 +294,12 @@ class Plan:
         return specs
 
 
+def windows_for(windows: Sequence[int], shape: tuple[int, int], patch_size: int) -> list[int]:
+    """Return the windows that tile the grid of a (height, width); 0, no window, always does."""
+    sides = [side // patch_size for side in shape]
+    return [window for window in windows if not window or not any(side % window for side in sides)]
+
+
 def shape_of(size: int, aspect: float, patch_size: int) -> tuple[int, int]:
     """Return (height, width) in whole patches, about size^2 in area and `aspect` wide over high."""
     rows = max(1, round(size / math.sqrt(aspect) / patch_size))
@@ -298,75 +319,3 @@ def _with_views(
         partition.merge_per_block,
         partition.window,
     )
-
-
-def stage_plans(config: Config) -> list[StagePlan]:
-    """Return the stages as the plan needs them.
-
-    Raises:
-        RadioError: views that cannot be packed on a mosaic teacher's canvas, with the nearest
-            sizes that can.
-    """
-    for stage in config.stages:
-        for name, partition in stage.partitions.items():
-            _check_mosaics(config, name, partition)
-    return [
-        StagePlan(
-            stage.steps,
-            tuple(
-                PartitionPlan(
-                    name,
-                    partition.image_size,
-                    partition.batch,
-                    dict(partition.views),
-                    config.student.merge_per_block
-                    if partition.merge_per_block is None
-                    else partition.merge_per_block,
-                    tuple(partition.image_sizes),
-                    partition.window,
-                    tuple(partition.aspects),
-                    config.student.patch_size,
-                    config.data.shift_margin,
-                    config.parallel.micro_shard,
-                )
-                for name, partition in stage.partitions.items()
-            ),
-        )
-        for stage in config.stages
-    ]
-
-
-def canvas_of(config: Config, teacher: str, size: int) -> Mosaic:
-    """Return a mosaic teacher's canvas of views at `size` px, each read at the student's own grid.
-
-    A teacher of stride 14 sees a student's 256 px in patches of 16 at 224 px, so nothing is resized
-    afterwards. ValueError for views that do not fit.
-    """
-    described, patch = config.teachers[teacher], config.student.patch_size
-    card = described.card
-    side = size // patch * described.upsample * card.stride
-    return Mosaic(card.native_size, side, card.stride)
-
-
-def _check_mosaics(config: Config, name: str, partition: PartitionConfig) -> None:
-    for teacher, mode in partition.views.items():
-        if mode not in ("mosaic", "padded"):
-            continue
-        for size in (partition.image_size, *partition.image_sizes):
-            try:
-                canvas_of(config, teacher, size)
-            except ValueError as error:
-                raise RadioError(
-                    f"partition '{name}' cannot be packed for teacher '{teacher}': {error}"
-                ) from error
-
-
-def training_plan(config: Config, num_samples: int) -> Plan:
-    """Return the plan of a run over `num_samples` pictures."""
-    return Plan(config.seed, num_samples, stage_plans(config), config.data.repeat_epochs)
-
-
-def fitting_plan(config: Config, num_samples: int, stage: int = 0) -> Plan:
-    """Return the plan that a stage's standardizers are fitted on: `fit.steps` steps of its own."""
-    stages = [StagePlan(config.fit.steps, stage_plans(config)[stage].partitions)]
-    return Plan(config.seed, num_samples, stages, config.data.repeat_epochs)

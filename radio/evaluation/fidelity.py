@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from radio.config import Config
-from radio.data.plan import StepSpec, training_plan
+from radio.data.configured import training_plan
+from radio.data.plan import StepSpec
 from radio.errors import RadioError
 from radio.progress import Report, told
 from radio.targets.standardize import save_standardizers

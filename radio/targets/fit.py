@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from radio.config import Config, teachers_of
-from radio.data.plan import fitting_plan
+from radio.data.configured import fitting_plan
 from radio.errors import RadioError
 from radio.files import whole
 from radio.progress import Report

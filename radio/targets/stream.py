@@ -19,7 +19,8 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from radio.config import Config
-from radio.data.plan import PartitionSpec, StepSpec, training_plan
+from radio.data.configured import training_plan
+from radio.data.plan import PartitionSpec, StepSpec
 from radio.data.shards import ImageSource, open_images
 from radio.data.views import Framing, ViewReader, Views
 from radio.errors import RadioError

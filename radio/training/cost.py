@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
+from typing import Any
 
-from radio.config import Config, PartitionConfig, StageConfig
-from radio.data.plan import canvas_of
+from radio.config import Config, PartitionConfig, StageConfig, StudentConfig
+from radio.data.configured import canvas_of
 from radio.errors import RadioError
 from student.vit import SIZES, VitShape
 
@@ -36,17 +38,19 @@ class StageCost:
 
 
 def stage_cost(config: Config, stage: StageConfig) -> StageCost:
-    """Return what a stage costs; reading pictures, adaptors and optimizer are not counted."""
-    shape, patch = SIZES.get(config.student.size), config.student.patch_size
-    if shape is None:
-        raise RadioError(f"student.size is '{config.student.size}'; known: {', '.join(SIZES)}")
+    """Return what a stage costs; reading pictures, adaptors and optimizer are not counted.
+
+    MESA's average takes one more forward of every student.
+    """
+    passes = TRAINING + (1 if config.losses.mesa_weight else 0)
+    students = [config.student, *config.students.values()]
     teachers: dict[str, float] = {}
     student = 0.0
     for partition in stage.partitions.values():
         sizes = partition.image_sizes or [partition.image_size]
         for size in sizes:  # each is drawn as often as the others
             views = partition.batch / len(sizes)
-            student += TRAINING * views * vit_gflop(shape, size, patch) / 1e3
+            student += passes * views * sum(student_gflop(s, size) for s in students) / 1e3
             for name in partition.views:
                 cost = views * teacher_gflop(config, name, partition, size) / 1e3
                 teachers[name] = teachers.get(name, 0.0) + cost
@@ -64,6 +68,34 @@ def teacher_gflop(config: Config, name: str, partition: PartitionConfig, size: i
     if mode == "tiled":
         return card.gflops * math.ceil(size / card.native_size) ** 2
     return card.gflops
+
+
+def student_gflop(student: StudentConfig, size: int) -> float:
+    """Return a student's GFLOP for one forward of a square picture, windows not considered.
+
+    Raises:
+        RadioError: an unknown size.
+    """
+    if student.backbone is not None:
+        return trunk_gflop(student.backbone, size)
+    shape = SIZES.get(student.size)
+    if shape is None:
+        raise RadioError(f"student.size is '{student.size}'; known: {', '.join(SIZES)}")
+    return vit_gflop(shape, size, student.patch_size)
+
+
+@functools.cache
+def trunk_gflop(name: str, size: int) -> float:
+    """Return the GFLOP of a timm trunk's forward, counted on tensors without data."""
+    import timm  # slow import
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"):
+        trunk: Any = timm.create_model(name, pretrained=False).eval()
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            trunk.forward_features(torch.empty(1, 3, size, size))
+    return float(counter.get_total_flops()) / 1e9
 
 
 def vit_gflop(shape: VitShape, size: int, patch: int) -> float:

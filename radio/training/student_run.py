@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from radio.config import Config, teachers_of
-from radio.data.plan import Plan, StepSpec, training_plan
+from radio.data.configured import training_plan
+from radio.data.plan import Plan, StepSpec
 from radio.data.ranks import Ranks
 from radio.errors import RadioError
 from radio.progress import ProgressDisplay, told
