@@ -135,9 +135,12 @@ def averaged(
     """
     found = [name for name in names if ranks.size > 1 or any(name in part for part in parts)]
     sums = {name: [weighted_sum(*part[name]) for part in parts if name in part] for name in found}
-    nothing = torch.zeros(2)
+    # Processes add up one table, so all must have it on the same kind of device.
+    nothing = torch.zeros(
+        2, device=next(loss.device for part in parts for loss, _ in part.values())
+    )
     rows = [torch.stack(sums[name]).sum(0) if sums[name] else nothing for name in found]
-    local = torch.stack([row.to(rows[0].device) for row in rows])
+    local = torch.stack(rows)
     whole = summed(local.detach().clone(), ranks)
     weight = whole[:, 1].clamp_min(torch.finfo(whole.dtype).tiny)
     mine, value = local[:, 0] / weight, whole[:, 0] / weight
