@@ -6,6 +6,7 @@ and, as a folder of model_type timm_wrapper, in transformers without remote code
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from student.depth import drop_path_rates
 from student.radio_layout import State, below
 from student.vit import InputConditioner, VitOutput, check_side
+from student.warm_start import read_folder
 from student.weight_files import read_file
 
 DYNAMIC: dict[str, Any] = {"dynamic_img_size": True}
@@ -153,6 +155,10 @@ class TimmTrunk(nn.Module):
 
 def _model_args(name: str) -> dict[str, Any]:
     """Return what timm needs so that the model takes pictures of any size: a ViT must be told."""
+    if not timm.is_model(name):  # timm would look for hub names, a folder's too, on the network
+        raise ValueError(
+            f"student.backbone is {name!r}, which is no timm model; known: timm.list_models()."
+        )
     try:
         with torch.device("meta"):
             timm.create_model(name, num_classes=0, **DYNAMIC)
@@ -197,17 +203,18 @@ def build_trunk(name: str, init: str | None, **options: Any) -> TimmTrunk:
 def load_trunk(trunk: TimmTrunk, source: str | Path) -> None:
     """Copy weights in timm's layout into the trunk; a classifier among them is left out.
 
-    `source` is a file, or a folder with model.safetensors, as transformers' TimmWrapperModel has.
+    `source` is a file, or a folder of `radio fuse` or of transformers' TimmWrapperModel, whose
+    normalisation of pixels is taken too. The pooling's queries start anew, as the adaptors do.
     FileNotFoundError or ValueError when it is missing or of another model.
     """
     path = Path(source)
-    path = path / "model.safetensors" if path.is_dir() else path
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(
             f"The weight file {path} does not exist; student.backbone {trunk.name} starts from a "
-            f"file in timm's layout, or from '{PRETRAINED}' (timm's own weights)."
+            f"file or folder in timm's layout, or from '{PRETRAINED}' (timm's own weights)."
         )
-    state, _ = read_file(path)
+    state, config = read_folder(path) if path.is_dir() else (read_file(path)[0], {})
+    _follow(trunk, config, path)
     state = below(state, WRAPPED) or state
     classifier = trunk.pretrained_cfg.get("classifier") or ()
     heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
@@ -227,6 +234,21 @@ def load_trunk(trunk: TimmTrunk, source: str | Path) -> None:
         ) from error
 
 
+@torch.no_grad()
+def _follow(trunk: TimmTrunk, config: Mapping[str, Any], path: Path) -> None:
+    """Normalise pixels as a folder's config.json says; ValueError for another timm model's."""
+    name = str(config.get("architecture", trunk.name))
+    if name.split(".")[0] != trunk.name.split(".")[0]:  # a tag says which weights, not which model
+        raise ValueError(
+            f"{path} holds timm's {name}; student.backbone is {trunk.name}: choose another init, "
+            f"or student.backbone={name}."
+        )
+    prepared: Mapping[str, Any] = config.get("pretrained_cfg") or {}
+    for key in {"mean", "std"} & set(prepared):
+        buffer: Tensor = getattr(trunk.input_conditioner, f"norm_{key}")
+        buffer.copy_(torch.tensor(prepared[key]).view(3, 1, 1))
+
+
 def timm_state(trunk: TimmTrunk) -> State:
     """Return the timm model's state dict, as timm and transformers' TimmWrapperModel read it.
 
@@ -234,6 +256,19 @@ def timm_state(trunk: TimmTrunk) -> State:
     pooling's `query` and the normalisation are not in it.
     """
     return {key: value.contiguous().clone() for key, value in trunk.trunk.state_dict().items()}
+
+
+def from_timm(state: State, query: Tensor, mean: Sequence[float], std: Sequence[float]) -> State:
+    """Return a TimmTrunk's state dict from timm_state's and what is not in it.
+
+    `query` [num_cls, C] is the pooling's, `mean` and `std` those of pixels in [0, 1].
+    """
+    return {
+        **{f"trunk.{key}": value for key, value in (below(state, WRAPPED) or state).items()},
+        "query": query,
+        "input_conditioner.norm_mean": torch.tensor(mean).view(3, 1, 1),
+        "input_conditioner.norm_std": torch.tensor(std).view(3, 1, 1),
+    }
 
 
 def timm_config(trunk: TimmTrunk, image_size: int) -> dict[str, Any]:

@@ -58,7 +58,8 @@ def build(
 ) -> Dinov2Teacher:
     """Build a timm model by name; `overrides` go to its constructor (img_size, depth, ...).
 
-    A local checkpoint may be in timm's or in Meta's layout.
+    A local checkpoint may be in timm's or in Meta's layout. Raises ValueError for a model without
+    a class token.
     """
     path = None if pretrained is None else local_file(name, pretrained)
     tag = pretrained if path is None else None
@@ -89,6 +90,11 @@ def build(
         raise ValueError(
             f"teacher '{name}': timm's '{model}' refuses the options {sorted(overrides)}: {error}"
         ) from error
+    if getattr(vit, "cls_token", None) is None:
+        raise ValueError(
+            f"teacher '{name}': timm's '{model}' has no class token, which is this kind's summary; "
+            "choose one of timm.list_models('*dinov*')"
+        )
     if path is not None:
         # timm keeps each family's conversion next to its class.
         convert = sys.modules[type(vit).__module__].checkpoint_filter_fn

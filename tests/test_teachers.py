@@ -260,6 +260,32 @@ def test_a_tag_when_offline_says_what_to_download(name: str, monkeypatch: pytest
         build_teacher(config["kind"], name, config["options"], config["pretrained"], 0)
 
 
+@pytest.mark.parametrize(
+    ("place", "what"),
+    [
+        ("./gone", r"the folder '\./gone' does not exist; .*radio fuse"),
+        ("runs/gone/encoder", r"the folder 'runs/gone/encoder' does not exist"),
+        ("owner/model", r"must be downloaded.*model folder 'owner/model', as there is none here"),
+    ],
+)
+def test_an_encoder_folder_that_is_not_there(
+    place: str, what: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ValueError, match=what):
+        build_teacher("encoder", "old", {"folder": place, "native_size": 64}, None, 0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"model": "test_vit2"}, {"model": "test_vit", "class_token": False, "global_pool": "avg"}],
+)
+def test_a_vit_without_a_class_token_is_no_dinov2(options: dict[str, Any]):
+    """Its first token would be a register or a patch, not a summary."""
+    with pytest.raises(ValueError, match=rf"timm's '{options['model']}' has no class token"):
+        build_teacher("dinov2", "parts", {**options, "native_size": 64}, None, 0)
+
+
 @pytest.mark.parametrize("name", DOWNLOADED)
 def test_unknown_tags_are_named(name: str):
     config = described(name)

@@ -32,6 +32,7 @@ FAMILIES = {
     "test_vit": 16,
     "vit_tiny_r_s16_p8_224": 32,
 }
+MEAN = (0.25, 0.5, 0.75)
 FULL_SIZE = {"resnet18": 32, "convnext_atto": 32, "efficientnet_lite0": 32, "repvit_m0_9": 32,
              "vit_tiny_patch16_224": 16, "swin_tiny_patch4_window7_224": 32}  # fmt: skip
 
@@ -163,7 +164,9 @@ def test_merging_and_windows_are_refused(options: dict[str, int]) -> None:
     ("options", "what"),
     [
         ({"patch_size": 16}, r"stride of 32 px and student\.patch_size is 16; .*patch_size=32"),
-        ({"name": "resnet_of_nobody"}, r"'resnet_of_nobody', which timm cannot build"),
+        ({"name": "resnet_of_nobody"}, r"'resnet_of_nobody', which is no timm model"),
+        ({"name": "hf-hub:nobody/resnet"}, r"'hf-hub:nobody/resnet', which is no timm model"),
+        ({"name": "resnet18.nobody"}, r"'resnet18\.nobody', which timm cannot build"),
         ({"name": "coatnet_nano_rw_224"}, r"takes no picture of 64 x 96 px"),
         ({"layer_scale": 0.1}, r"student\.layer_scale is 0\.1 and student\.backbone"),
         ({"num_windowed": 2}, r"student\.num_windowed is 2 and student\.backbone"),
@@ -229,7 +232,7 @@ def test_spectral_weights_go_out_as_plain_ones() -> None:
 
 @pytest.mark.parametrize("layout", ["safetensors", "pth", "folder", "student"])
 def test_a_weight_file_starts_the_trunk(tmp_path: Path, layout: str) -> None:
-    """A classifier of any number of classes is left out."""
+    """A classifier of any number of classes is left out; a folder says how pixels are prepared."""
     theirs = shaken(timm.create_model("test_efficientnet", num_classes=7))
     path = tmp_path / "w.safetensors"
     if layout == "pth":
@@ -241,12 +244,16 @@ def test_a_weight_file_starts_the_trunk(tmp_path: Path, layout: str) -> None:
             {f"timm_model.{key}": value for key, value in theirs.state_dict().items()},
             tmp_path / "model.safetensors",
         )
+        config = {"architecture": "test_efficientnet.a_tag", "pretrained_cfg": {"mean": MEAN}}
+        (tmp_path / "config.json").write_text(json.dumps(config))
     else:
         save_file(theirs.state_dict(), path)
     if layout == "student":
         trunk = student_of("test_efficientnet", init=str(path)).backbone
     else:
         load_trunk(trunk := trunk_of("test_efficientnet"), path)
+    if layout == "folder":
+        theirs.pretrained_cfg["mean"] = MEAN
     images = torch.rand(1, 3, 64, 96)
     with torch.no_grad():
         assert torch.equal(trunk.eval()(images).features, by_timm(theirs, images))

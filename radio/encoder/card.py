@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from radio.encoder.weights import EncoderWeights, TeacherHeads
+from radio.encoder.weights import TeacherHeads, TrunkWeights, Weights
 
 CARD = """---
 library_name: transformers
@@ -14,8 +14,7 @@ tags: [radio, feature-extraction, distillation]
 ---
 # RADIO encoder
 
-One ViT that gives the features of {names}: {width} channels, {depth} blocks, patch {patch}, a
-position table for {table} x {table} px, {cls} CLS rows and {registers} registers. Origin: {origin}.
+{body}. Origin: {origin}.
 
 | teacher | kind | weights | summary | features | CLS row | licence of its weights | fingerprint |
 |---|---|---|---|---|---|---|---|
@@ -26,13 +25,10 @@ they were distilled on; state them before you publish this folder.
 
 ## Use
 
-Pixels are in [0, 1] (the model normalises them itself); sides are multiples of {patch}.
+{pixels} are multiples of {patch}.
 
 ```python
-from transformers import AutoModel            # 1: the backbone, without our package
-model = AutoModel.from_pretrained("this-folder")
-output = model(pixel_values)                  # [B, 3, H, W]
-output.summary, output.features               # [B, {summary}], [B, T, {width}]
+{alone}
 ```
 ```python
 import radio                                  # 2: with the teachers' heads
@@ -44,31 +40,72 @@ radio encode photos/ -o features/ -m this-folder --features summary   # 3: folde
 ```
 """
 
+VIT = {
+    "body": """\
+One ViT that gives the features of {names}: {width} channels, {depth} blocks, patch {patch}, a
+position table for {table} x {table} px, {cls} CLS rows and {registers} registers""",
+    "pixels": "Pixels are in [0, 1] (the model normalises them itself); sides",
+    "alone": """\
+from transformers import AutoModel            # 1: the backbone, without our package
+model = AutoModel.from_pretrained("this-folder")
+output = model(pixel_values)                  # [B, 3, H, W]
+output.summary, output.features               # [B, {summary}], [B, T, {width}]""",
+}
+TRUNK = {
+    "body": """\
+One timm trunk, {architecture}, that gives the features of {names}: {width} channels, stride
+{patch}, and {cls} CLS rows, each pooled from all tokens; side by side they are the summary""",
+    "pixels": """\
+Pixels are in [0, 1] for `radio.load`; for transformers its image processor normalises them, and
+`last_hidden_state` is what timm's `forward_features` gives; sides""",
+    "alone": """\
+from transformers import AutoImageProcessor, AutoModel   # 1: the trunk, without our package
+processor = AutoImageProcessor.from_pretrained("this-folder")
+model = AutoModel.from_pretrained("this-folder")
+output = model(processor(picture)["pixel_values"])   # PIL to {size} x {size} px
+output.last_hidden_state""",
+}
+
 ALIGNED = """
 The position table was trained under `align_corners=True`; `radio.load` does the same, while
 transformers' RadioModel always resizes with `False`, so that its values differ a little.
 """
 
 
-def model_card(weights: EncoderWeights) -> str:
+def model_card(weights: Weights) -> str:
     """Return the README.md of the folder."""
-    shape, teachers = weights.shape, weights.teachers
+    teachers = weights.teachers
+    parts, facts = _described(weights)
+    facts |= {
+        "names": ", ".join(teachers) or "its teachers (no heads are in this folder)",
+        "cls": weights.num_cls,
+        "summary": facts["width"] * len(weights.summary_rows),
+    }
     names = [f"{name}:{kind}" for name, teacher in teachers.items() for kind in teacher.states]
     origin = ", ".join(f"{key} {value}" for key, value in weights.origin.items())
     return CARD.format(
-        names=", ".join(teachers) or "its teachers (no heads are in this folder)",
-        width=shape.width,
-        depth=shape.depth,
-        patch=weights.patch_size,
-        table=weights.table_size,
-        cls=weights.num_cls,
-        registers=weights.num_registers,
+        **{name: text.format(**facts) for name, text in parts.items()},
+        patch=facts["patch"],
         origin=origin or "not stated",
         rows="\n".join(_row(name, teacher) for name, teacher in teachers.items()),
         notes=_notes(weights),
-        summary=shape.width * len(weights.summary_rows),
         examples=", ".join(f'"{name}"' for name in ["summary", *names[:2]]) + ",",
     )
+
+
+def _described(weights: Weights) -> tuple[dict[str, str], dict[str, Any]]:
+    """Return what the card says of this kind of backbone, and the facts that go into it."""
+    if isinstance(weights, TrunkWeights):
+        trunk = weights.trunk
+        facts = {"architecture": trunk.name, "width": trunk.width, "patch": trunk.patch_size}
+        return TRUNK, {**facts, "size": weights.image_size}
+    return VIT, {
+        "width": weights.shape.width,
+        "depth": weights.shape.depth,
+        "patch": weights.patch_size,
+        "table": weights.table_size,
+        "registers": weights.num_registers,
+    }
 
 
 def _row(name: str, teacher: TeacherHeads) -> str:
@@ -95,7 +132,7 @@ def _trained(facts: dict[str, Any]) -> str:
     return ", ".join(str(part) for part in named if part) or "not stated"
 
 
-def _notes(weights: EncoderWeights) -> str:
+def _notes(weights: Weights) -> str:
     lines = [
         f"The head {name}:{kind} is left out: {why}."
         for name, teacher in weights.teachers.items()

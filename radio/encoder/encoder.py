@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from collections.abc import Sequence
@@ -16,14 +17,17 @@ from radio.encoder.folder import read_weights
 from radio.encoder.images import Picture, Pixels, Size, batches_of, check_size, pair
 from radio.encoder.layers import layer_name, layer_names, patches_of, tokens_after
 from radio.encoder.text import TextSource
-from radio.encoder.weights import EncoderWeights, build_backbone, build_heads
+from radio.encoder.weights import Weights, build_backbone, build_heads
 from radio.errors import RadioError
 from student.adaptors import upsampled
+from student.timm_trunk import TimmTrunk
 from student.token_merging import merge_by, merge_tokens
+from student.vit import VisionTransformer
 from student.windows import check_window
 from teachers.text import TextTower
 
 BATCH = 16  # pictures of a list per forward
+NO_BLOCKS = nn.ModuleList()  # of a timm trunk
 
 
 def load(
@@ -50,7 +54,7 @@ def load(
 class Encoder(nn.Module):
     """A frozen backbone with the heads of its teachers, in the teachers' own spaces."""
 
-    def __init__(self, weights: EncoderWeights) -> None:
+    def __init__(self, weights: Weights) -> None:
         super().__init__()
         self.backbone = build_backbone(weights)
         self.heads = build_heads(weights.teachers)
@@ -92,7 +96,7 @@ class Encoder(nn.Module):
                 outputs = cast(nn.Linear, head.last).out_features
                 finer = self.upsample[name] if kind == "features" else 1
                 dims[f"{name}:{kind}"] = outputs // finer**2
-        blocks = [layer_name(index) for index in range(len(self.backbone.blocks))]
+        blocks = [layer_name(index) for index in range(len(self._blocks))]
         return {**dims, **{name: width for name in blocks if name not in dims}}
 
     @property
@@ -101,9 +105,14 @@ class Encoder(nn.Module):
         return tuple(name for name in self.feature_dims if name not in self._layers)
 
     @property
+    def _blocks(self) -> nn.ModuleList:
+        """The blocks that give layers: our ViT's, whose tokens are one kind from end to end."""
+        return self.backbone.blocks if isinstance(self.backbone, VisionTransformer) else NO_BLOCKS
+
+    @property
     def _layers(self) -> dict[str, int]:
         """The blocks' numbers by feature name; a teacher of that name comes first."""
-        names = {layer_name(index): index for index in range(len(self.backbone.blocks))}
+        names = {layer_name(index): index for index in range(len(self._blocks))}
         return {name: i for name, i in names.items() if name.split(":")[0] not in self.heads}
 
     @property
@@ -115,17 +124,19 @@ class Encoder(nn.Module):
             )
             finer = {name: factor for name, factor in self.upsample.items() if factor > 1}
             digest.update(str(finer or "").encode())
+            if isinstance(self.backbone, TimmTrunk):  # other models may have the same tensors
+                digest.update(f"{self.backbone.name}{self.backbone.model_args}".encode())
             for key, value in sorted(self.state_dict().items()):
                 digest.update(f"{key}{value.dtype}{list(value.shape)}".encode())
-                digest.update(value.cpu().contiguous().view(torch.uint8).numpy())
+                digest.update(value.cpu().reshape(-1).view(torch.uint8).numpy())
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
 
     def to_dtype(self, dtype: torch.dtype) -> Encoder:
         """Cast the weights, not the normalisation's mean and deviation, and return self."""
-        self.backbone.patch_generator.to(dtype)
-        self.backbone.blocks.to(dtype)
-        self.heads.to(dtype)
+        exact = copy.deepcopy(self.backbone.input_conditioner)
+        self.to(dtype)
+        self.backbone.input_conditioner = exact
         self._fingerprint = None
         return self
 
@@ -174,7 +185,7 @@ class Encoder(nn.Module):
                 that cannot be decoded.
         """
         wanted = (features,) if isinstance(features, str) else tuple(features)
-        wanted += layer_names(layers, len(self.backbone.blocks))
+        wanted += layer_names(layers, len(self._blocks))
         self.check_request(wanted, merge_to)
         parts: dict[str, list[Tensor]] = {}
         for pixels in batches_of(images, self.patch_size, size, batch):
@@ -189,7 +200,7 @@ class Encoder(nn.Module):
         self, pixels: Pixels, wanted: tuple[str, ...], merge_to: int | None, window: int | None
     ) -> dict[str, Tensor]:
         layers = {name: index for name, index in self._layers.items() if name in wanted}
-        with tokens_after(self.backbone.blocks, layers.values()) as tokens:
+        with tokens_after(self._blocks, layers.values()) as tokens:
             output = self.backbone(pixels.to(self.device), window=window)
         patches = output.features.flatten(2).transpose(1, 2)
         grid = (output.features.shape[-2], output.features.shape[-1])
@@ -210,6 +221,11 @@ class Encoder(nn.Module):
     def _check_window(self, window: int | None, pixels: Pixels) -> None:
         if window is None:
             return
+        if isinstance(self.backbone, TimmTrunk):
+            raise RadioError(
+                f"window is {window}, but this encoder's backbone is timm's {self.backbone.name}, "
+                "and only the blocks of our own ViT attend within windows; leave it out"
+            )
         rows, columns = self.grid((int(pixels.shape[-2]), int(pixels.shape[-1])))
         try:
             check_window(window, (rows, columns), self.patch_size, 0)
@@ -229,7 +245,7 @@ class Encoder(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights lie."""
-        return self.backbone.patch_generator.pos_embed.device
+        return next(self.backbone.parameters()).device
 
     def encode_text(
         self,
@@ -282,8 +298,10 @@ class Encoder(nn.Module):
 
     def check_request(self, features: Sequence[str], merge_to: int | None = None) -> None:
         """Refuse what this encoder cannot give: RadioError with the known names, or why not."""
-        last = layer_name(len(self.backbone.blocks) - 1)
-        known = f"{', '.join(self.feature_names)}; of its blocks: {layer_name(0)} to {last}"
+        known = ", ".join(self.feature_names)
+        if self._blocks:
+            last = layer_name(len(self._blocks) - 1)
+            known += f"; of its blocks: {layer_name(0)} to {last}"
         if not features:
             raise RadioError(f"no feature is asked for; this encoder has: {known}")
         for name in features:

@@ -4,6 +4,9 @@ config.json                transformers' RadioConfig, our `adaptors` block, vLLM
 model.safetensors          the backbone in NVIDIA's names, LayerScale folded
 adaptors.safetensors       <teacher>.<summary|features>.<key>
 preprocessor_config.json   README.md   SHA256SUMS
+
+On a timm trunk config.json is transformers' TimmWrapperConfig, which says how to prepare pictures
+too; model.safetensors is in timm's names, and adaptors.safetensors also has `backbone.query`.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +23,28 @@ from safetensors.torch import load_file
 
 from radio.encoder.layout import from_disk
 from radio.encoder.published import read_pth, read_remote
-from radio.encoder.weights import HEADS, EncoderWeights, TeacherHeads
+from radio.encoder.weights import (
+    HEADS,
+    EncoderWeights,
+    TeacherHeads,
+    TrunkWeights,
+    Weights,
+    filled_trunk,
+)
 from radio.errors import RadioError
 from radio.files import save_tensors
 from radio.training.checkpoint import SUMS, write_sums
 from student.radio_layout import SUMMARY_ROWS, State, below, to_disk
+from student.timm_trunk import from_timm, timm_config, timm_state
 from student.windows import NUM_GLOBAL
 
 CONFIG, MODEL, ADAPTORS = "config.json", "model.safetensors", "adaptors.safetensors"
 INDEX = f"{MODEL}.index.json"  # of a model in several files
-FILES = (CONFIG, MODEL, ADAPTORS, "preprocessor_config.json", "README.md", SUMS)
+PREPROCESSOR = "preprocessor_config.json"
+FILES = (CONFIG, MODEL, ADAPTORS, PREPROCESSOR, "README.md", SUMS)
 NEEDED = ("num_attention_heads", "num_cls_tokens", "num_hidden_layers", "image_size")
+TRUNK_NEEDED = ("architecture", "patch_size", "num_cls_tokens", "pretrained_cfg")
+QUERY = "backbone.query"  # of a trunk's pooling, which AutoModel does not know
 # What RadioConfig leaves open and our backbone does not.
 FIXED = {"hidden_act": "gelu", "layer_norm_eps": 1e-6, "num_channels": 3, "use_swiglu_ffn": False}
 DIM_OF = {"summary": "summary_dim", "features": "feature_dim"}  # a head's channels in `adaptors`
@@ -37,7 +52,7 @@ AGAIN = "make the folder anew with `radio fuse`, or download it again"
 VLLM_MODELS = {384: "small", 768: "base", 1024: "large", 1280: "huge"}
 
 
-def read_weights(path: Path) -> EncoderWeights:
+def read_weights(path: Path) -> Weights:
     """Read an encoder folder of ours, NVIDIA's folder (remote code or native), or a `.pth.tar`.
 
     Raises:
@@ -58,12 +73,14 @@ def read_weights(path: Path) -> EncoderWeights:
     config = _read_config(path / CONFIG)
     if isinstance(config.get("args"), dict):
         return read_remote(tensors, config)
-    if config.get("model_type") != "radio":
-        raise RadioError(
-            f"{path / CONFIG} has model_type {config.get('model_type')!r}; expected 'radio', or "
-            "the `args` of NVIDIA's remote code"
-        )
-    return _read_native(path, tensors, config)
+    if config.get("model_type") == "radio":
+        return _read_native(path, tensors, config)
+    if config.get("model_type") == "timm_wrapper":
+        return _read_trunk(path, tensors, config)
+    raise RadioError(
+        f"{path / CONFIG} has model_type {config.get('model_type')!r}; expected 'radio', "
+        "'timm_wrapper', or the `args` of NVIDIA's remote code"
+    )
 
 
 def _model_files(path: Path) -> list[Path]:
@@ -99,10 +116,30 @@ def _read_native(path: Path, tensors: State, config: dict[str, Any]) -> EncoderW
     return weights
 
 
-def _check_config(path: Path, config: dict[str, Any]) -> None:
-    missing = [key for key in NEEDED if key not in config]
+def _read_trunk(path: Path, tensors: State, config: dict[str, Any]) -> TrunkWeights:
+    _check_whole(path / CONFIG, config, TRUNK_NEEDED)
+    beside, prepared = _load(path / ADAPTORS), config["pretrained_cfg"]
+    _check_whole(path / ADAPTORS, beside, (QUERY,))
+    _check_whole(path / CONFIG, prepared, ("input_size", "mean", "std"))
+    trunk = filled_trunk(
+        config["architecture"],
+        int(config["patch_size"]),
+        int(config["num_cls_tokens"]),
+        from_timm(tensors, beside[QUERY], prepared["mean"], prepared["std"]),
+    )
+    adaptors = config.get("adaptors", {})
+    teachers = {name: _heads(path, beside, name, dict(block)) for name, block in adaptors.items()}
+    return TrunkWeights(trunk, teachers, int(prepared["input_size"][-1]), config.get("origin", {}))
+
+
+def _check_whole(path: Path, found: Mapping[str, Any], needed: tuple[str, ...]) -> None:
+    missing = [key for key in needed if key not in found]
     if missing:
         raise RadioError(f"{path} lacks {', '.join(missing)}; {AGAIN}")
+
+
+def _check_config(path: Path, config: dict[str, Any]) -> None:
+    _check_whole(path, config, NEEDED)
     for key, value in FIXED.items():
         if config.get(key, value) != value:
             raise RadioError(
@@ -141,7 +178,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def write_folder(weights: EncoderWeights, card: str, out: Path) -> None:
+def write_folder(weights: Weights, card: str, out: Path) -> None:
     """Write the folder under a temporary name and rename it; an older encoder is replaced.
 
     Raises:
@@ -164,8 +201,15 @@ def write_folder(weights: EncoderWeights, card: str, out: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
 
 
-def _write_files(weights: EncoderWeights, card: str, folder: Path) -> None:
-    disk = to_disk(weights.backbone, weights.summary_rows)
+def _write_files(weights: Weights, card: str, folder: Path) -> None:
+    beside: State = {}
+    if isinstance(weights, TrunkWeights):
+        disk, beside[QUERY] = timm_state(weights.trunk), weights.trunk.query.detach()
+        _write_json(folder / CONFIG, trunk_config_of(weights))
+    else:
+        disk = to_disk(weights.backbone, weights.summary_rows)
+        _write_json(folder / CONFIG, config_of(weights))
+        _write_json(folder / PREPROCESSOR, preprocessor_of(weights))
     save_tensors(disk, folder / MODEL, {"format": "pt"})
     heads = {
         f"{name}.{kind}.{key}": value.float().contiguous().clone()
@@ -173,9 +217,7 @@ def _write_files(weights: EncoderWeights, card: str, folder: Path) -> None:
         for kind, state in teacher.states.items()
         for key, value in state.items()
     }
-    save_tensors(heads, folder / ADAPTORS, {"format": "pt"})
-    _write_json(folder / CONFIG, config_of(weights))
-    _write_json(folder / "preprocessor_config.json", preprocessor_of(weights))
+    save_tensors({**beside, **heads}, folder / ADAPTORS, {"format": "pt"})
     (folder / "README.md").write_text(card)
     write_sums(folder)
 
@@ -229,11 +271,30 @@ def config_of(weights: EncoderWeights) -> dict[str, Any]:
         "norm_std": weights.backbone["input_conditioner.norm_std"].flatten().tolist(),
         "initializer_range": 0.02,
         "cpe_align_corners": weights.align_corners,
-        "adaptors": {name: _block(teacher) for name, teacher in weights.teachers.items()},
-        "origin": weights.origin,
+        **_our_fields(weights),
         "vitdet_num_windowed": weights.num_windowed,
         "vitdet_num_global": weights.num_global,
         **_vllm_fields(weights),
+    }
+
+
+def trunk_config_of(weights: TrunkWeights) -> dict[str, Any]:
+    """Return config.json of a timm trunk: TimmWrapperConfig's fields, and what `radio.load` needs.
+
+    transformers' image processor reads `pretrained_cfg`; there is no preprocessor_config.json.
+    """
+    return {
+        **timm_config(weights.trunk, weights.image_size),
+        "patch_size": weights.trunk.patch_size,
+        "num_cls_tokens": weights.trunk.num_cls,
+        **_our_fields(weights),
+    }
+
+
+def _our_fields(weights: Weights) -> dict[str, Any]:
+    return {
+        "adaptors": {name: _block(teacher) for name, teacher in weights.teachers.items()},
+        "origin": weights.origin,
     }
 
 

@@ -16,7 +16,15 @@ import torch
 from radio.encoder.card import model_card
 from radio.encoder.folder import read_weights, refuse_foreign, write_folder
 from radio.encoder.layout import clean_backbone, last_linear, materialise_spectral
-from radio.encoder.weights import EncoderWeights, TeacherHeads, build_backbone, build_heads
+from radio.encoder.weights import (
+    EncoderWeights,
+    TeacherHeads,
+    TrunkWeights,
+    Weights,
+    build_backbone,
+    build_heads,
+    filled_trunk,
+)
 from radio.targets.fold import folded
 from radio.targets.standardize import Standardizer
 from radio.training.checkpoint import Checkpoint, find_checkpoint
@@ -47,9 +55,33 @@ def fuse(checkpoint: str | Path, out: str | Path) -> Path:
     return target
 
 
-def weights_of(checkpoint: Checkpoint) -> EncoderWeights:
+def weights_of(checkpoint: Checkpoint) -> Weights:
     """Return a checkpoint's encoder: all that only training needs folded into plain weights."""
-    backbone = clean_backbone(materialise_spectral(below(checkpoint.model, "backbone.")))
+    teachers = _teachers_of(checkpoint)
+    rows = [teacher.cls_row for teacher in teachers.values() if teacher.cls_row is not None]
+    num_cls = max(1, len(rows))
+    state = materialise_spectral(below(checkpoint.model, "backbone."))
+    student = checkpoint.config.student
+    last_partitions = checkpoint.config.stages[-1].partitions.values()
+    image_size = max(partition.image_size for partition in last_partitions)
+    origin = {"step": checkpoint.step, "data": checkpoint.state["data"]}
+    if student.backbone is not None:
+        trunk = filled_trunk(student.backbone, student.patch_size, num_cls, state)
+        return TrunkWeights(trunk, teachers, image_size, origin)
+    return EncoderWeights(
+        clean_backbone(state),
+        SIZES[student.size].heads,
+        num_cls,
+        tuple(range(num_cls)),
+        teachers,
+        image_size=image_size,
+        origin=origin,
+        num_windowed=student.num_windowed,
+        num_global=student.num_global,
+    )
+
+
+def _teachers_of(checkpoint: Checkpoint) -> dict[str, TeacherHeads]:
     teachers: dict[str, TeacherHeads] = {}
     num_summaries = 0
     for name in checkpoint.state["teachers"]:  # in the order of the student's CLS rows
@@ -62,19 +94,7 @@ def weights_of(checkpoint: Checkpoint) -> EncoderWeights:
             states, left_out = {}, dict.fromkeys(states, why)
         upsample = _upsampling(states, checkpoint.standardizers.get(name))
         teachers[name] = TeacherHeads(row, states, left_out, _facts(checkpoint, name), upsample)
-    num_cls = max(1, num_summaries)
-    last_partitions = checkpoint.config.stages[-1].partitions.values()
-    return EncoderWeights(
-        backbone,
-        SIZES[checkpoint.config.student.size].heads,
-        num_cls,
-        tuple(range(num_cls)),
-        teachers,
-        image_size=max(partition.image_size for partition in last_partitions),
-        origin={"step": checkpoint.step, "data": checkpoint.state["data"]},
-        num_windowed=checkpoint.config.student.num_windowed,
-        num_global=checkpoint.config.student.num_global,
-    )
+    return teachers
 
 
 def _heads_of(checkpoint: Checkpoint, name: str) -> dict[str, State]:

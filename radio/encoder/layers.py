@@ -28,6 +28,11 @@ def layer_names(layers: Sequence[int], depth: int) -> tuple[str, ...]:
     Raises:
         RadioError: no such block, with the range of those that are there.
     """
+    if layers and not depth:
+        raise RadioError(
+            "this encoder has no layers to ask for: they are our own ViT's blocks, and its "
+            "backbone is a timm model; leave layers out"
+        )
     for index in layers:
         if not -depth <= index < depth:
             raise RadioError(

@@ -47,6 +47,7 @@ def _readable(function: Callable[P, R]) -> Callable[P, R]:
 
 clean_backbone = _readable(radio_layout.clean_backbone)
 from_disk = _readable(radio_layout.from_disk)
+from_hub = _readable(radio_layout.from_hub)
 materialise_spectral = _readable(radio_layout.materialise_spectral)
 
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from radio.encoder.layout import (
-    clean_backbone,
     from_disk,
+    from_hub,
     head_problem,
     last_linear,
     materialise_spectral,
@@ -76,13 +76,7 @@ def read_pth(path: Path) -> EncoderWeights:
             f"{path} holds a feature normalizer, which no encoder folder can; load the same model "
             "without it (radio_v2.5-h instead of radio_v2.5-h-norm)"
         )
-    conditioner = below(state, "input_conditioner.")
-    backbone = clean_backbone(
-        {
-            **materialise_spectral(below(state, "base_model."), _spectral_eps(args)),
-            **{f"input_conditioner.{key}": value for key, value in conditioner.items()},
-        }
-    )
+    backbone = from_hub(state, args)
     heads = {
         teacher["name"]: _hub_heads(state, args, teachers, index)
         for index, teacher in enumerate(teachers)
@@ -129,12 +123,6 @@ def _teachers(args: Mapping[str, Any], what: object) -> list[dict[str, Any]]:
     if not teachers:
         raise RadioError(f"{what} is no checkpoint of NVIDIA's: its args name no teachers")
     return teachers
-
-
-def _spectral_eps(args: Mapping[str, Any]) -> float:
-    """Return the constant added to sigma: 1e-6, or 1e-12 when the run gave options of its own."""
-    options = args.get("spectral_reparam")
-    return float(options.get("eps", 1e-12)) if isinstance(options, dict) else 1e-6
 
 
 def _hub_heads(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -16,6 +16,7 @@ from radio.errors import RadioError
 from student.adaptors import AttentionAdaptor, MlpAdaptor
 from student.positions import eval_positions
 from student.radio_layout import State
+from student.timm_trunk import TimmTrunk
 from student.vit import SIZES, PatchGenerator, VisionTransformer, VitShape
 from student.windows import NUM_GLOBAL
 
@@ -48,7 +49,7 @@ class TeacherHeads:
 
 @dataclass(frozen=True)
 class EncoderWeights:
-    """All that an encoder is: backbone state (LayerScale folded), heads, and how to read them.
+    """All that an encoder on our ViT is: backbone state (LayerScale folded), heads, how to read it.
 
     `align_corners` is that of the position table's resize in eval: True for NVIDIA's old files.
     `num_windowed` and `num_global` say which blocks attend within windows, when windows are asked
@@ -94,6 +95,38 @@ class EncoderWeights:
         return self.backbone[key]
 
 
+@dataclass(frozen=True)
+class TrunkWeights:
+    """The same of an encoder on a timm trunk, which knows its own stride, width and CLS rows.
+
+    Its rows are the summary, in order; it has neither registers nor a position table of ours.
+    """
+
+    trunk: TimmTrunk
+    teachers: dict[str, TeacherHeads]
+    image_size: int  # px
+    origin: dict[str, Any]
+    align_corners: ClassVar[bool] = False
+
+    @property
+    def num_cls(self) -> int:
+        """Rows that the trunk's pooling gives."""
+        return self.trunk.num_cls
+
+    @property
+    def num_registers(self) -> int:
+        """None: 0."""
+        return self.trunk.num_registers
+
+    @property
+    def summary_rows(self) -> tuple[int, ...]:
+        """All rows."""
+        return tuple(range(self.trunk.num_cls))
+
+
+Weights = EncoderWeights | TrunkWeights
+
+
 def heads_of_width(width: int) -> int:
     """Return the attention heads of the usual ViT of a width."""
     if width not in HEADS_OF_WIDTH:
@@ -114,7 +147,7 @@ class AlignedPatchGenerator(PatchGenerator):
         return torch.cat([prefix, patches], dim=1)
 
 
-def build_backbone(weights: EncoderWeights) -> VisionTransformer:
+def build_backbone(weights: Weights) -> VisionTransformer | TimmTrunk:
     """Build the backbone and load it strictly; its tensors are those of `weights`.
 
     Raises:
@@ -122,6 +155,10 @@ def build_backbone(weights: EncoderWeights) -> VisionTransformer:
             no CLS row.
     """
     _check_rows(weights)
+    return weights.trunk if isinstance(weights, TrunkWeights) else _build_vit(weights)
+
+
+def _build_vit(weights: EncoderWeights) -> VisionTransformer:
     with torch.device("meta"):  # nothing is initialised only to be thrown away
         backbone = VisionTransformer(
             weights.shape,
@@ -143,7 +180,23 @@ def build_backbone(weights: EncoderWeights) -> VisionTransformer:
     return backbone
 
 
-def _check_rows(weights: EncoderWeights) -> None:
+def filled_trunk(name: str, patch_size: int, num_cls: int, state: State) -> TimmTrunk:
+    """Return a timm trunk, frozen, with a TimmTrunk's state dict copied into it, strictly.
+
+    Raises:
+        RadioError: no such timm model, or the weights of another.
+    """
+    try:
+        # On the CPU: buffers that are in no file are computed as it is built.
+        with torch.random.fork_rng(devices=[]):
+            trunk = TimmTrunk(name, patch_size=patch_size, num_cls=num_cls)
+    except ValueError as error:
+        raise RadioError(f"the trunk cannot be built: {error}") from error
+    _fill(trunk, state, f"the trunk, timm's {name}", assign=False)
+    return trunk
+
+
+def _check_rows(weights: Weights) -> None:
     """Refuse rows beyond the CLS rows: they would be read off registers or patches."""
     rows = {"summary": weights.summary_rows}
     for name, teacher in weights.teachers.items():
@@ -187,9 +240,9 @@ def _build_head(name: str, state: State) -> MlpAdaptor | AttentionAdaptor:
     return head
 
 
-def _fill(module: nn.Module, state: State, what: str) -> None:
+def _fill(module: nn.Module, state: State, what: str, assign: bool = True) -> None:
     try:
-        module.load_state_dict(state, assign=True)
+        module.load_state_dict(state, assign=assign)
     except RuntimeError as error:
         reason = " ".join(str(error).split())  # torch's is a page
         raise RadioError(f"the weights do not fit {what}: {reason}") from error
