@@ -13,6 +13,7 @@ import torch
 from radio.checks import check
 from radio.config import Config
 from radio.data.ranks import Ranks
+from radio.errors import RadioError
 from radio.progress import ProgressDisplay
 from radio.targets.cache import open_stream
 from radio.targets.stream import LocalStream, Stream, device_of
@@ -36,6 +37,10 @@ def distill(config: Config, stream: Stream | None = None) -> RunResult:
         RadioError: anything the user can mend, naming the thing and the way out.
     """
     check(config)
+    if config.rehearsal:
+        raise RadioError(
+            "rehearsal=true trains nothing; use radio train, or radio.training.rehearsal.rehearse"
+        )
     torch.set_num_threads(config.threads.student)
     with contextlib.ExitStack() as held:
         ranks = held.enter_context(joined(config.parallel, device_of(config)))
