@@ -47,6 +47,11 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def printable(name: str) -> str:
+    """Return a name as text; bytes of file names that are no UTF-8 become `\\xff`."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 def sync(path: Path) -> None:
     """Make a file's bytes, or a folder's names, safe on disk."""
     handle = os.open(path, os.O_RDONLY)

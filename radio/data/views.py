@@ -21,6 +21,7 @@ from radio.data.decode import DamagedImage, decode
 from radio.data.plan import PartitionSpec, ViewSpec, seed_for
 from radio.data.shards import ImageSource, place_of
 from radio.errors import RadioError
+from radio.files import printable
 
 log = logging.getLogger("radio.data")
 CACHE_BYTES = 256 << 20  # the same picture is asked for at several sizes in one step
@@ -240,8 +241,8 @@ class ViewReader:
     def _note(self, sample: int, key: str, reason: str) -> None:
         if key not in self.damaged:
             self.damaged[key] = reason
-            where = place_of(self.source, sample)
-            log.warning("damaged picture '%s' (%s) is replaced: %s", key, where, reason)
+            where = printable(place_of(self.source, sample))
+            log.warning("damaged picture '%s' (%s) is replaced: %s", printable(key), where, reason)
 
 
 class _PictureCache:

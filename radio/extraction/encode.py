@@ -31,6 +31,7 @@ from radio.extraction.shard_files import (
     write_plan,
     write_shard,
 )
+from radio.files import printable
 from radio.progress import Report, told
 
 log = logging.getLogger("radio.encode")
@@ -169,7 +170,7 @@ def _named(items: Iterator[Encoded]) -> Iterator[Encoded]:
         failed += item.error is not None
         if item.error is not None and failed <= NAMED:
             more = "; further ones are named in the column `error` only" * (failed == NAMED)
-            log.warning("%s failed: %s%s", item.row.uri, item.error, more)
+            log.warning("%s failed: %s%s", printable(item.row.uri), item.error, more)
         yield item
 
 

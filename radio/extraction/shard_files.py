@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 import torch
 
 from radio.extraction.plan import Row
-from radio.files import save_tensors, sha256_of, whole, write_whole
+from radio.files import printable, save_tensors, sha256_of, whole, write_whole
 
 OWN = {"manifest.json", "plan.parquet", "data"}
 SHARD_FILE = re.compile(r"(\.tmp-\d+-)?\d{5,}\.(parquet|patches\.safetensors|done\.json)")
@@ -148,9 +148,7 @@ def _table(items: Sequence[Encoded], dims: Mapping[str, int]) -> pa.Table:
 
 def _text(values: Iterable[str | None]) -> pa.Array:
     """Return a column of text; bytes of file names that are no UTF-8 become `\\xff`."""
-    encoded = (None if v is None else v.encode("utf-8", "surrogateescape") for v in values)
-    texts = [None if data is None else data.decode("utf-8", "backslashreplace") for data in encoded]
-    return pa.array(texts, pa.string())
+    return pa.array([None if v is None else printable(v) for v in values], pa.string())
 
 
 def _patches(
