@@ -245,6 +245,22 @@ def build_target_maker(
         )
     except (ValueError, OSError, TypeError) as error:
         raise RadioError(f"teachers.{name} ({wanted.kind}): {error}") from error
+    return maker_of(config, name, teacher, readers, device)
+
+
+def maker_of(
+    config: Config,
+    name: str,
+    teacher: Teacher,
+    readers: Mapping[str, ViewReader],
+    device: torch.device,
+) -> TargetMaker:
+    """Put a built teacher to work as the run's `name`.
+
+    Raises:
+        RadioError: the teacher is not what its card says.
+    """
+    wanted = config.teachers[name]
     _check_card(config, name, teacher)
     return TargetMaker(
         name,

@@ -24,8 +24,8 @@ from radio.targets.target_maker import (
     TeacherFacts,
     build_readers,
     build_target_maker,
+    maker_of,
 )
-from radio.targets.upsampler import FileUpsampler
 from radio.training.rehearsal_config import alone
 from radio.training.rehearsal_memory import (
     BFLOAT16,
@@ -155,18 +155,7 @@ def _maker(
             f"needs {gigabytes(needed)}, {gigabytes(available)} are free, and its library does not "
             "build it in bfloat16"
         ) from error
-    return TargetMaker(
-        name,
-        wanted.kind,
-        draw_half(teacher, config.seed),
-        readers,
-        config.student.patch_size,
-        config.data.micro_batch,
-        CPU,
-        config.losses.grid,
-        wanted.upsample,
-        None if wanted.upsampler is None else FileUpsampler(wanted.upsampler, CPU),
-    )
+    return maker_of(config, name, draw_half(teacher, config.seed), readers, CPU)
 
 
 def _target_row(target: CodedTarget) -> TargetRow:
