@@ -49,7 +49,6 @@ class BareLoop:
         self.reader = build_readers(config, stream.sources)["train"]
 
     def step(self, spec: StepSpec) -> float:
-        torch.manual_seed(seed_for(self.config.seed, "step", spec.step))  # random positions
         schedule = self.config.optimizer
         steps = self.config.stages[0].steps
         rate = learning_rate(schedule.lr, schedule.warmup_steps, spec.stage_step, steps)
@@ -59,6 +58,8 @@ class BareLoop:
         for part in spec.partitions:
             targets = {name: self.target(name, part) for name in part.modes}
             images = self.reader.batch(part.views, part.image_size).pixels
+            # Positions are random, and drawn by partition.
+            torch.manual_seed(seed_for(self.config.seed, f"student/{part.name}", spec.step, 0))
             outputs = self.student(images, merge_per_block=part.merge_per_block)
             for name, (summary, features) in targets.items():
                 predicted = to_side(outputs[name].features, features.shape[-1])
@@ -84,7 +85,7 @@ class BareLoop:
     def target(self, name, part):
         maker = self.stream.makers[name]
         teacher, mode = maker.teacher, part.modes[name]
-        pixels = self.reader.batch(part.views, VIEW_MODES[mode].side(maker.shown(part))).pixels
+        pixels = self.reader.batch(part.views, VIEW_MODES[mode].size(maker.shown(part))).pixels
         with torch.inference_mode():
             torch.set_num_threads(self.config.threads.teacher)
             x = (pixels.float() / 255 - torch.tensor(teacher.mean).view(1, 3, 1, 1)) / torch.tensor(
