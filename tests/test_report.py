@@ -408,3 +408,16 @@ def test_only_curves_that_fall_far_are_logarithmic(values, logarithmic):
     assert len(ticks) >= 3
     gaps = np.diff(ticks)
     assert (not np.allclose(gaps, gaps[0])) == logarithmic
+
+
+def test_the_students_average_has_a_curve_and_is_no_teacher(tmp_path):
+    records = [
+        {**record, "losses": {**record["losses"], "average/mesa": 0.1}}
+        if "losses" in record
+        else record
+        for record in RECORDS
+    ]
+    page = page_of(write_run(tmp_path / "run", records))
+    text = " ".join(page.text.split())
+    assert "from 2 frozen teachers: clip, sam." in text
+    assert "mesa loss" in text and text.count("average") >= 1

@@ -24,6 +24,7 @@ from radio.training.losses import Maps, Valid, mse_loss
 
 Shifts = Int[Tensor, "b 2"]
 Counts = Int[Tensor, " b"]
+MESA = "average/mesa"  # the loss that is no teacher's
 LAYER_NORM_EPS = 1e-6  # as in the student's own layers
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from radio.config import Config, from_yaml
 from radio.errors import RadioError
 from radio.files import write_whole
+from radio.training.equivariance import MESA
 from radio.training.figures import MOST_POINTS, NUM_COLOURS, curve, data_address, panel
 from radio.training.run_folder import RunFolder
 
@@ -125,7 +126,7 @@ def _facts(folder: RunFolder, pictures: Sequence[Picture]) -> dict[str, Any]:
         "name": folder.path.resolve().name,
         "config": config,
         "config_text": text,
-        "teachers": teachers,
+        "teachers": [name for name in teachers if name != MESA.split("/")[0]],
         "colours": colours,
         "weights": _weights(config),
         "done": max((int(record["step"]) for record in records), default=0),
@@ -167,7 +168,10 @@ def _teacher_names(
     measured: Sequence[Record],
     pictures: Sequence[Picture],
 ) -> list[str]:
-    """Return every teacher once, in the order of the configuration, then of appearance."""
+    """Return every teacher once, in the order of the configuration, then of appearance.
+
+    The student's average, where it has a loss, is among them: it has a curve and a colour.
+    """
     names = list(config.teachers) if config else []
     names += [loss.rpartition("/")[0] for record in steps for loss in record["losses"]]
     names += [row["teacher"] for record in measured for row in record["held_out"]]

@@ -20,7 +20,7 @@ from radio.data.ranks import Ranks
 from radio.targets.grid import Grid, to_grid
 from radio.targets.stream import PartitionBatch, StepBatch, Target
 from radio.training.balance import Balance
-from radio.training.equivariance import mesa_loss, shift_equivariant_loss
+from radio.training.equivariance import MESA, mesa_loss, shift_equivariant_loss
 from radio.training.learner import Learner
 from radio.training.losses import FEATURE_LOSSES, RIGHT_ANGLE, SUMMARY_LOSSES, weighted_sum
 from radio.training.optim import learning_rate, set_learning_rate
@@ -30,7 +30,6 @@ from radio.training.regularise import damp
 from student.model import Student, StudentOutput
 from student.vit import VitOutput
 
-MESA = "average/mesa"  # the loss that is no teacher's
 ALONE = Ranks()
 PerView = dict[str, tuple[Tensor, Tensor]]  # loss [b] and number of valid positions [b], by name
 
