@@ -117,11 +117,9 @@ def _check_parallel(config: Config) -> None:
     }
     if kind == "fsdp":
         wanted |= {
-            "student.spectral=true": config.student.spectral,
-            "student.damp": bool(config.student.damp),
             "optimizer.ema_decay": config.optimizer.ema_decay is not None,
+            "student.spectral=true": config.student.spectral,
             "student.backbone": config.student.backbone is not None,
-            "stages[].refit": any(stage.refit for stage in config.stages),
         }
     for key, found in wanted.items():
         if found:

@@ -9,7 +9,6 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from student.spectral import computed_twice
 from student.token_merging import BlockMerging
 
 Block = Callable[[Tensor, BlockMerging | None, int], Tensor]
@@ -36,14 +35,12 @@ def checkpointed(
 ) -> tuple[Float[Tensor, "batch after width"], BlockMerging | None]:
     """Run a block without keeping its activations; return its tokens and the merging after it.
 
-    The second run starts from the first one's random state, merging and spectral vectors.
+    The second run starts from the first one's random state and merging.
     """
 
     def run(tokens: Tensor, before: BlockMerging | None) -> tuple[Tensor, BlockMerging | None]:
         after = copy.copy(before)  # a block replaces its members, and both runs must find the old
         return block(tokens, after, num_windows), after
 
-    out: tuple[Tensor, BlockMerging | None] = checkpoint(
-        run, tokens, merging, use_reentrant=False, context_fn=computed_twice
-    )
+    out: tuple[Tensor, BlockMerging | None] = checkpoint(run, tokens, merging, use_reentrant=False)
     return out

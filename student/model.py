@@ -163,9 +163,7 @@ def num_registers_for(num_cls: int) -> int:
     return REGISTER_MULTIPLE - num_cls % REGISTER_MULTIPLE
 
 
-def refuse_for_timm(
-    backbone: str, layer_scale: float | None, num_windowed: int | None, computes_twice: bool
-) -> None:
+def refuse_for_timm(backbone: str, layer_scale: float | None, num_windowed: int | None) -> None:
     """Refuse (ValueError) what a timm backbone would not follow, rather than leave it out."""
     options = {"layer_scale": layer_scale, "num_windowed": num_windowed}
     for option, value in options.items():
@@ -174,11 +172,6 @@ def refuse_for_timm(
                 f"student.{option} is {value} and student.backbone {backbone!r}; it is our own "
                 f"ViT's: set student.{option} or student.backbone to null."
             )
-    if computes_twice:  # timm's second run would take another step of power iteration
-        raise ValueError(
-            f"student.backbone {backbone!r} cannot have both student.spectral and "
-            "student.checkpointing; set one of them to false."
-        )
 
 
 def build_student(
@@ -218,7 +211,7 @@ def build_student(
     }
     body: VisionTransformer | TimmTrunk
     if backbone is not None:
-        refuse_for_timm(backbone, layer_scale, num_windowed, spectral and checkpointing)
+        refuse_for_timm(backbone, layer_scale, num_windowed)
         body = build_trunk(backbone, init, **shared)
     elif size not in SIZES:
         raise ValueError(f"Student size {size!r} is unknown; known: {', '.join(SIZES)}.")

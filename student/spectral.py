@@ -7,12 +7,9 @@ with it and lets the weight decay act on `scale`. Upstream: NVlabs/RADIO
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
-from collections.abc import Iterator
-from contextvars import ContextVar
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,10 +24,6 @@ START_ITERATIONS = 35  # 15 of torch's spectral norm and 20 of upstream's first 
 LEAST = 1e-5  # of softplus(scale); upstream's
 
 log = logging.getLogger("radio.student")
-
-Vectors = dict["SpectralWeight", tuple[Tensor, Tensor]]
-_RECORD: ContextVar[Vectors | None] = ContextVar("record", default=None)
-_REPLAY: ContextVar[Vectors | None] = ContextVar("replay", default=None)
 
 
 def spectral_reparametrise(module: nn.Module) -> None:
@@ -91,21 +84,13 @@ class SpectralWeight(nn.Module):
     def forward(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """Return the weight whose spectral norm is softplus(scale) + 0.05; never in autocast."""
         with torch.autocast(weight.device.type, enabled=False):
-            u, v = self._vectors(weight)
             norm = F.softplus(self.scale) + ALPHA
-            return weight * (norm / _sigma(weight, u, v))
+            return weight * (norm / _sigma(weight, self._u, self._v))
 
-    def _vectors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        replayed = (_REPLAY.get() or {}).get(self)
-        if replayed is not None:
-            return replayed
-        if self.training:
-            # New tensors: a backward through an earlier forward still needs the old ones.
-            self._u, self._v = power_iteration(weight, self._u, self._v)
-        record = _RECORD.get()
-        if record is not None:
-            record[self] = self._u, self._v
-        return self._u, self._v
+    def iterate(self, weight: Float[Tensor, "out in"]) -> None:
+        """Take one step towards the weight's singular vectors."""
+        # New tensors: a backward through an earlier forward still needs the old ones.
+        self._u, self._v = power_iteration(weight, self._u, self._v)
 
 
 class SpectralParts(nn.Module):
@@ -128,6 +113,24 @@ class SpectralParts(nn.Module):
             cast(SpectralWeight, factor).right_inverse(part)
         return weight
 
+    def iterate(self, weight: Float[Tensor, "three_out in"]) -> None:
+        """Take one step for every part."""
+        for factor, part in zip(self.parts, weight.chunk(3), strict=True):
+            cast(SpectralWeight, factor).iterate(part)
+
+
+def iterate_spectral(module: nn.Module) -> None:
+    """Let every spectral norm below `module` follow its weight by one power iteration.
+
+    To be called once in a training step. Upstream iterates in every forward, so that the norm would
+    depend on how many partitions, micro-shards and recomputations a process has in its step.
+    """
+    for linear in module.modules():
+        if parametrize.is_parametrized(linear, "weight"):
+            chain = cast(Any, linear).parametrizations.weight
+            for factor in chain:
+                factor.iterate(chain.original)
+
 
 @torch.no_grad()
 def power_iteration(
@@ -140,23 +143,3 @@ def power_iteration(
 
 def _sigma(weight: Tensor, u: Tensor, v: Tensor) -> Tensor:
     return torch.dot(u, weight @ v) + EPS
-
-
-def computed_twice() -> tuple[
-    contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]
-]:
-    """Return contexts for a checkpointed forward and its repetition, which takes its vectors.
-
-    Without them the repetition would iterate once more and find another weight.
-    """
-    vectors: Vectors = {}
-    return _set(_RECORD, vectors), _set(_REPLAY, vectors)
-
-
-@contextlib.contextmanager
-def _set(variable: ContextVar[Vectors | None], vectors: Vectors) -> Iterator[None]:
-    token = variable.set(vectors)
-    try:
-        yield
-    finally:
-        variable.reset(token)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ def shared_config(root: Path, options: dict[str, Any]) -> Config:
     config.stages[0].partitions["low"].batch = 8
     config.stages[0].partitions["high"].batch = 4
     config.threads.student = config.threads.teacher = 1
+    if options.pop("two_stages", False):
+        config.stages.append(replace(config.stages[0], steps=1, refit=True))
     for key, value in options.items():
         section, _, field = key.rpartition(".")
         setattr(getattr(config, section) if section else config, field, value)

@@ -107,6 +107,22 @@ def test_two_ranks_are_one_process_and_each_resumes_the_other(
         assert there == pytest.approx(here, rel=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("ddp", {"student.spectral": True, "student.drop_path": 0.3}),
+        ("fsdp", {"student.damp": 0.1, "two_stages": True}),
+    ],
+)
+def test_what_a_step_carries_is_the_same_in_two_processes(
+    kind: str, options: dict[str, Any], one: tuple[Path, tuple[Path, Path]]
+) -> None:
+    root, _ = one
+    alone = run(root, f"carried_{kind}_1", 1, **options)
+    assert_equal(alone, run(root, f"carried_{kind}_2", 2, **{**options, "parallel.kind": kind}))
+
+
 # Who takes what
 
 

@@ -33,7 +33,7 @@ from radio.targets.standardize import PhiS, save_standardizers
 from radio.training.checkpoint import Checkpoint, load_checkpoint, write_sums
 from radio.training.regularise import Ema, damp
 from student.model import Student
-from student.spectral import ALPHA, SpectralWeight, spectral_reparametrise
+from student.spectral import ALPHA, SpectralWeight, iterate_spectral, spectral_reparametrise
 
 __all__ = ["pocket_size"]  # a fixture of every test here
 FACTOR = (".scale", "._u", "._v", "._sn_version")
@@ -48,6 +48,7 @@ def trained(steps: int = 3, **options: Any) -> tuple[Student, torch.optim.Optimi
 
 def train(student: Student, optimizer: torch.optim.Optimizer, steps: range) -> None:
     for step in steps:
+        iterate_spectral(student)
         gradients(student.train(), seed=step, forwards=2)
         optimizer.step()
 
@@ -123,22 +124,28 @@ def test_power_iteration_is_torchs() -> None:
         module._u, module._v = (vector.clone() for vector in start)
     norm = float(F.softplus(ours.scale.detach())) + ALPHA
     for _ in range(4):
+        ours.iterate(weight)
         expected, found = judge(weight), ours(weight)
         torch.testing.assert_close(ours._u, judge._u)
         torch.testing.assert_close(ours._v, judge._v)
         torch.testing.assert_close(found, expected * norm, rtol=1e-5, atol=1e-6)
 
 
-def test_iterations_are_one_per_forward_in_training_and_none_in_eval() -> None:
+def test_vectors_move_in_an_iteration_and_in_no_forward() -> None:
     torch.manual_seed(0)
-    factor, weight = SpectralWeight(torch.randn(5, 7)), torch.randn(5, 7)
+    linear = nn.Sequential(nn.Linear(7, 5))
+    spectral_reparametrise(linear)
+    factor = cast(Any, linear[0]).parametrizations.weight[0]
+    with torch.no_grad():
+        cast(Any, linear[0]).parametrizations.weight.original.add_(torch.randn(5, 7))
+    weight = cast(Any, linear[0]).parametrizations.weight.original.detach()
     u, v = factor._u, factor._v
-    factor.eval()(weight)
+    linear.train()(torch.ones(7))
     assert factor._u is u and factor._v is v
     for _ in range(3):
         u = F.normalize(weight @ v, dim=0)
         v = F.normalize(weight.T @ u, dim=0)
-        factor.train()(weight)
+        iterate_spectral(linear)
         torch.testing.assert_close((factor._u, factor._v), (u, v))
 
 

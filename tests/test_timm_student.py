@@ -170,7 +170,6 @@ def test_merging_and_windows_are_refused(options: dict[str, int]) -> None:
         ({"name": "coatnet_nano_rw_224"}, r"takes no picture of 64 x 96 px"),
         ({"layer_scale": 0.1}, r"student\.layer_scale is 0\.1 and student\.backbone"),
         ({"num_windowed": 2}, r"student\.num_windowed is 2 and student\.backbone"),
-        ({"spectral": True, "checkpointing": True}, r"both student\.spectral and student\.check"),
         ({"drop_path": 1.0}, r"drop_path is 1\.0"),
         ({"name": "vgg11", "drop_path": 0.1}, r"vgg11 has no stochastic depth"),
     ],

@@ -11,6 +11,7 @@ from torch import nn
 from radio.data.plan import seed_for
 from radio.targets.stream import PartitionBatch, StepBatch
 from student.model import Student, StudentOutput
+from student.spectral import iterate_spectral
 from student.vit import VitOutput
 
 
@@ -41,6 +42,8 @@ class Predictor(nn.Module):
 
     def forward(self, batch: StepBatch, device: torch.device) -> list[Prediction]:
         """Return a prediction for each partition of the batch."""
+        if self.student.training:
+            iterate_spectral(self.student)
         return [self._predict(partition, batch.step, device) for partition in batch.partitions]
 
     def _predict(self, partition: PartitionBatch, step: int, device: torch.device) -> Prediction:

@@ -8,6 +8,7 @@ from torch.nn.utils import parametrize
 
 from radio.targets.fold import folded
 from radio.targets.standardize import Standardizer
+from radio.training.parallel import like, whole
 
 
 @torch.no_grad()
@@ -27,11 +28,11 @@ def refit_adaptor(
     """
     matrix = after.matrix @ before.inverse
     shift = after.matrix @ (before.mean - after.mean)
-    weight, bias = folded(last.weight, last.bias, matrix, shift)
+    weight, bias = folded(whole(last.weight), whole(last.bias), matrix, shift)
     if parametrize.is_parametrized(last, "weight"):
         last.weight = weight  # through the right inverse of its parametrisation
     else:
-        last.weight.copy_(weight)
-    last.bias.copy_(bias)
+        last.weight.copy_(like(weight, last.weight))
+    last.bias.copy_(like(bias, last.bias))
     for parameter in last.parameters():
         optimizer.state.pop(parameter, None)
