@@ -63,6 +63,7 @@ class TimmTrunk(nn.Module):
         self.model_args = _model_args(name)
         self.trunk = _create(name, self.model_args, drop_path, pretrained)
         self.width = int(cast(Any, self.trunk).num_features)
+        # Only timm's ViTs have prefix tokens, and only models with another order name it.
         self.num_prefix = int(getattr(self.trunk, "num_prefix_tokens", 0))
         self.is_channels_last = getattr(self.trunk, "output_fmt", "NCHW") == "NHWC"
         self.pretrained_cfg: dict[str, Any] = dict(cast(Any, self.trunk).pretrained_cfg)

@@ -58,6 +58,7 @@ class TimmEncoderTeacher(Teacher):
             std=std,
         )
         trunk: Any = model.timm_model
+        # Only timm's ViTs have prefix tokens, and only models with another order name it.
         self.num_prefix = int(getattr(trunk, "num_prefix_tokens", 0))
         self.is_channels_last = getattr(trunk, "output_fmt", "NCHW") == "NHWC"
         self.model: nn.Module = model

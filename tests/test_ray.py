@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import ray
 from test_distill import losses_of, rows_of
+from test_students import three_students
 from tiny import tiny_config
 
 from radio.config import ClusterConfig, Config
@@ -17,7 +19,7 @@ from radio.data.plan import StepSpec
 from radio.errors import RadioError
 from radio.targets.stream import StepBatch
 from radio.targets.target_maker import Request
-from radio.training.distill import distill
+from radio.training.distill import distill, students_of
 from ray_jobs.cluster import cluster
 from ray_jobs.feature_stream import RayStream
 
@@ -50,6 +52,18 @@ class Murderer(RayStream):
                 os.kill(pid, signal.SIGKILL)
 
 
+class Interrupted(RayStream):
+    """Ctrl-C before the third step."""
+
+    def read(
+        self, specs: Iterable[StepSpec], request: Request, incarnation: int = 0
+    ) -> Iterator[StepBatch]:
+        for batch in super().read(specs, request, incarnation):
+            if request.codec != "float32" and batch.step == 2:
+                raise KeyboardInterrupt
+            yield batch
+
+
 def test_ray_and_local_give_the_same_bits(running: None, local_run: Path, tmp_path: Path) -> None:
     config = tiny_config(tmp_path, steps=10)
     with RayStream(config) as stream:
@@ -57,6 +71,22 @@ def test_ray_and_local_give_the_same_bits(running: None, local_run: Path, tmp_pa
         assert stream.retries == 0
     assert losses_of(config.out) == losses_of(local_run)
     assert rows_of(config.out) == rows_of(local_run)
+
+
+def test_a_refit_and_students_at_other_starts_have_the_same_bits_on_ray(
+    running: None, tmp_path: Path
+) -> None:
+    """A fit in mid-run, and a student that begins anew, are of the run's own incarnation."""
+    local = three_students(tmp_path / "local")
+    distill(local)
+    config = three_students(tmp_path / "ray")
+    with Interrupted(config) as stream, pytest.raises(KeyboardInterrupt):
+        distill(config, stream)
+    shutil.rmtree(Path(config.out) / "students" / "shallow")
+    with RayStream(config) as stream:
+        distill(config, stream)
+    for name, run in students_of(config).items():
+        assert losses_of(run.out) == losses_of(students_of(local)[name].out)
 
 
 def test_a_killed_teacher_changes_no_bit(running: None, local_run: Path, tmp_path: Path) -> None:

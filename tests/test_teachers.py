@@ -132,9 +132,10 @@ def test_the_far_half_of_a_picture_moves_a_token(teacher: Teacher):
     assert moved.mean() >= 0.01 * deviation
 
 
-def test_positions_matter(teacher: Teacher):
-    if teacher.name == "fake":
-        pytest.skip("a projection has no positions")
+# The fake teacher is a projection, which has no positions.
+@pytest.mark.parametrize("name", [name for name in (*SMALL, *TINY) if name != "fake"])
+def test_positions_matter(name: str):
+    teacher = built(name)
     flat = torch.full((1, 3, teacher.native_size, teacher.native_size), 0.5)
     tokens = teacher(flat).features.flatten(2)[0]
     assert (tokens - tokens[:, :1]).abs().max() > 1e-4

@@ -36,12 +36,17 @@ DISPERSION_VIEWS = 16_384  # a spread needs no more; their mean direction must b
 
 
 def fit(
-    config: Config, stream: Stream, progress: Report | None = None, stage: int = 0
+    config: Config,
+    stream: Stream,
+    progress: Report | None = None,
+    stage: int = 0,
+    incarnation: int = 0,
 ) -> dict[str, StandardizerFile]:
     """Return the fitted standardizer file of each teacher of a stage, fitting what is not there.
 
     Features travel as float32 and unstandardized; statistics merge in step order. A file fitted
-    on the same teacher, pictures and plan is reused.
+    on the same teacher, pictures and plan is reused. Inside a run `incarnation` is the run's, or the
+    teachers would take the fit for a dead student's.
 
     Raises:
         RadioError: `out` holds a standardizer of a teacher that has changed since.
@@ -52,7 +57,9 @@ def fit(
     wanted = {name: _identity(config, stream, name, stage) for name in names}
     if not all(_fits(paths[name], name, wanted[name]) for name in paths):
         folder.mkdir(parents=True, exist_ok=True)
-        for name, (standardizer, dispersion) in _fit_all(config, stream, progress, stage).items():
+        for name, (standardizer, dispersion) in _fit_all(
+            config, stream, progress, stage, incarnation
+        ).items():
             measured = {DISPERSION: "" if dispersion is None else repr(dispersion)}
             with whole(paths[name]) as temporary:
                 save_standardizers(temporary, {name: standardizer}, wanted[name] | measured)
@@ -71,7 +78,7 @@ def read_dispersions(files: dict[str, StandardizerFile]) -> dict[str, float]:
 
 
 def _fit_all(
-    config: Config, stream: Stream, progress: Report | None, stage: int
+    config: Config, stream: Stream, progress: Report | None, stage: int, incarnation: int
 ) -> dict[str, tuple[Standardizer, float | None]]:
     plan = fitting_plan(config, len(stream.sources["train"]), stage)
     standardizers = {
@@ -82,7 +89,7 @@ def _fit_all(
     summaries: dict[str, list[Tensor]] = {name: [] for name in standardizers}
     specs = (plan(step) for step in range(plan.num_steps))
     request = Request("train", "float32", {})
-    for number, batch in enumerate(stream.read(specs, request), start=1):
+    for number, batch in enumerate(stream.read(specs, request, incarnation), start=1):
         for partition in batch.partitions:
             for name, target in partition.targets.items():
                 rows = target.features.movedim(1, -1)[target.valid]

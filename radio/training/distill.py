@@ -87,7 +87,9 @@ def _train(runs: list[StudentRun], stream: Stream, ranks: Ranks) -> None:
     first = runs[0]
     plan, start = first.plan, min(run.start for run in runs)
     ranks.check(plan)
+    incarnation = max(run.incarnation for run in runs)  # they are one process to the teachers
     for run in runs:
+        run.incarnation = incarnation
         run.prepare()
     with StopSignal() as stop:
         for number, stage in enumerate(plan.stages):
@@ -97,7 +99,7 @@ def _train(runs: list[StudentRun], stream: Stream, ranks: Ranks) -> None:
             for run in runs:
                 run.begin_stage(number)
             specs = (ranks.share(plan(step), stage) for step in steps)
-            for batch in stream.read(specs, first.request, first.incarnation):
+            for batch in stream.read(specs, first.request, incarnation):
                 for run in runs:
                     if batch.step >= run.start:
                         run.take(batch)

@@ -164,7 +164,7 @@ class StudentRun:
         if self.first != self.run and self.run.leads:
             theirs, ours = (run.path / "standardizers" for run in (self.first, self.run))
             shutil.copytree(theirs, ours, dirs_exist_ok=True)
-        return fit(self.config, self.stream, self.progress.update, stage)
+        return fit(self.config, self.stream, self.progress.update, stage, self.incarnation)
 
     def _refit(self, stage: int) -> None:
         """Fit again before a stage; what the adaptors say in the teachers' spaces stays."""
