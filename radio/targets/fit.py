@@ -45,8 +45,8 @@ def fit(
     """Return the fitted standardizer file of each teacher of a stage, fitting what is not there.
 
     Features travel as float32 and unstandardized; statistics merge in step order. A file fitted
-    on the same teacher, pictures and plan is reused. Inside a run `incarnation` is the run's, or the
-    teachers would take the fit for a dead student's.
+    on the same teacher, pictures and plan is reused. Inside a run `incarnation` is the run's, or
+    the teachers would take the fit for a dead student's.
 
     Raises:
         RadioError: `out` holds a standardizer of a teacher that has changed since.
