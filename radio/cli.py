@@ -188,24 +188,65 @@ def encode(
 
 @app.command()
 def evaluate(
-    target: Annotated[str, typer.Argument(help="A run folder or checkpoint.")],
-    task: Annotated[str, typer.Option(help="What to measure: fidelity.")] = "fidelity",
+    target: Annotated[
+        str,
+        typer.Argument(
+            help="An encoder folder, run, checkpoint, teacher's name or YAML, timm name, or pixels."
+        ),
+    ],
+    task: Annotated[
+        str,
+        typer.Option(
+            help="fidelity, knn, linear, zero-shot, retrieval, segmentation, masks, mode-switch, "
+            "equivariance, rank, similarity; several with commas."
+        ),
+    ] = "fidelity",
     data: Annotated[
-        str | None, typer.Option(help="Pictures; the run's data.val if absent.")
+        str | None, typer.Option(help="A folder of train-*.tar, val-*.tar; a run's data.val.")
     ] = None,
+    size: Annotated[int | None, typer.Option(help="Side in px; else the target's own.")] = None,
+    features: Annotated[str | None, typer.Option(help="What is probed: clip:summary.")] = None,
+    classes: Annotated[
+        str | None, typer.Option(help="Score among 1,2,3 or those of @FILE.")
+    ] = None,
+    adaptor: Annotated[str | None, typer.Option(help="An encoder's: clip, sam, ...")] = None,
+    against: Annotated[str | None, typer.Option(help="Similarity: the second target.")] = None,
+    sizes: Annotated[str | None, typer.Option(help="Resolutions of a curve: 128,192.")] = None,
+    prompt: Annotated[str, typer.Option(help="Masks: point or box.")] = "box",
+    template: Annotated[
+        list[str] | None, typer.Option(help="Zero-shot: a text with {}, or @FILE; repeatable.")
+    ] = None,
+    ignore: Annotated[int | None, typer.Option(help="Label maps' value not scored.")] = None,
+    seed: Annotated[int, typer.Option(help="Of resampling and probes.")] = 0,
+    figure: Annotated[Path | None, typer.Option(help="Draw the result: .png or .svg.")] = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Measure a trained student against its teachers."""
-    from radio.evaluation.evaluate import evaluate as evaluate_target
-    from radio.evaluation.fidelity import rows_of
-    from radio.progress import ProgressDisplay
+    """Measure any encoder, teacher or model by the same code.
 
-    with ProgressDisplay() as progress:
-        progress.phase(task)
-        result = evaluate_target(target, task, data, progress.update)
-    _write_json(result, json_file)
+    radio evaluate encoder/ --task knn --data photos/
+    radio evaluate dinov2_b14_reg --task segmentation --data streets/ --size 224
+    radio evaluate runs/demo (fidelity: a trained student against its teachers)
+    """
+    from radio.evaluation.command import run, whole_numbers
+    from radio.evaluation.result import Options
+
+    options = Options(
+        size=size,
+        features=features,
+        classes=whole_numbers("--classes", classes),
+        adaptor=adaptor,
+        against=against,
+        sizes=whole_numbers("--sizes", sizes),
+        prompt=prompt,
+        templates=None if template is None else tuple(template),
+        ignore=ignore,
+        seed=seed,
+    )
+    found, tables = run(target, task.split(","), data, options, figure)
+    _write_json(found, json_file)
     if json_file != "-":
-        out.print(_held_out_table([], rows_of(result)))
+        for table in tables:
+            out.print(table)
 
 
 @app.command()
@@ -306,37 +347,16 @@ def _rehearse(config: Any) -> None:
 
 
 def _print_result(result: Any) -> None:
+    from radio.evaluation.tables import held_out_table
+
     if result.after:
-        out.print(_held_out_table(result.before, result.after))
+        out.print(held_out_table(result.before, result.after))
     else:
         out.print("no data.val: nothing was measured on held-out pictures")
     if result.damaged:
         err.print(f"damaged pictures, replaced by others: {len(result.damaged)}")
         for key, reason in list(result.damaged.items())[:10]:
             err.print(f"  {key}: {reason}", highlight=False, markup=False)
-
-
-def _held_out_table(before: list[Any], after: list[Any]) -> Table:
-    """Return the table per teacher and resolution: cosine and fidelity, before and after."""
-    earlier = {(row.teacher, row.image_size, row.merged): row for row in before}
-    table = Table(title="held-out photographs (fidelity 1 = predicts the mean)", box=None)
-    for column in ("teacher", "px", "cosine before", "after", "fidelity before", "after"):
-        table.add_column(column, justify="left" if column == "teacher" else "right")
-    for row in sorted(after, key=lambda row: (row.merged, row.image_size)):
-        first = earlier.get((row.teacher, row.image_size, row.merged))
-        table.add_row(
-            row.teacher,
-            f"{row.image_size}{' merged' if row.merged else ''}",
-            _number(first and first.cosine),
-            _number(row.cosine),
-            _number(first and first.fidelity),
-            _number(row.fidelity),
-        )
-    return table
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
 
 
 def _write_json(value: Any, file: str | None) -> None:
