@@ -102,6 +102,7 @@ FIRST_STEP: dict[str, tuple[list[tuple[str, object]], set[str]]] = {
     "weight_decay": ([("optimizer.weight_decay", 0.3)], set()),
     "warmup_steps": ([("optimizer.warmup_steps", 3)], set()),
     "lamb": ([("optimizer.name", "lamb")], set()),
+    "muon": ([("optimizer.name", "muon")], set()),
     "ema_decay": ([("optimizer.ema_decay", 0.5)], set()),
     "clip_norm": ([("optimizer.clip_norm", 0.1)], set()),
     "stage_lr": ([("stages.0.lr", 1e-5)], set()),

@@ -152,20 +152,22 @@ class Weights(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
-        self.linear = nn.Linear(4, 3)
+        self.linear = nn.Linear(6, 5)
         self.pos_embed = nn.Parameter(torch.empty(1, 5, 4))
         for weight in self.parameters():
             nn.init.normal_(weight, generator=generator)
 
 
-def moments(gradients: list[np.ndarray], eps: float) -> np.ndarray:
+def moments(
+    gradients: list[np.ndarray], eps: float, betas: tuple[float, float] = BETAS
+) -> np.ndarray:
     """Return Adam's direction after these gradients."""
     first = second = np.zeros_like(gradients[0])
     for gradient in gradients:
-        first = BETAS[0] * first + (1 - BETAS[0]) * gradient
-        second = BETAS[1] * second + (1 - BETAS[1]) * gradient**2
+        first = betas[0] * first + (1 - betas[0]) * gradient
+        second = betas[1] * second + (1 - betas[1]) * gradient**2
     count = len(gradients)
-    return first / (1 - BETAS[0] ** count) / (np.sqrt(second / (1 - BETAS[1] ** count)) + eps)
+    return first / (1 - betas[0] ** count) / (np.sqrt(second / (1 - betas[1] ** count)) + eps)
 
 
 def adamw(weight: np.ndarray, gradients: list[np.ndarray], decay: float) -> np.ndarray:
@@ -180,13 +182,43 @@ def lamb(weight: np.ndarray, gradients: list[np.ndarray], decay: float) -> np.nd
     return weight - LR * ratio * direction
 
 
+# leloykun.github.io/ponder/muon-opt-coeffs, rounded as in KellerJordan/modded-nanogpt.
+QUINTIC = (
+    (4.0848, -6.8946, 2.9270),
+    (3.9505, -6.3029, 2.6377),
+    (3.7418, -5.5913, 2.3037),
+    (2.8769, -3.1427, 1.2046),
+    (2.8366, -3.0525, 1.2012),
+)
+
+
+def muon(weight: np.ndarray, gradients: list[np.ndarray], decay: float) -> np.ndarray:
+    """Orthogonalised momentum at AdamW's length for matrices (2502.16982, 4), else AdamW.
+
+    timm's momentum is an average.
+    """
+    if not decay:
+        return weight - LR * moments(gradients, 1e-8, (0.9, 0.95))
+    momentum = np.zeros_like(weight)
+    for gradient in gradients:
+        momentum = 0.9 * momentum + 0.1 * gradient
+    update = momentum / np.linalg.norm(momentum)
+    update = update.T if update.shape[0] > update.shape[1] else update
+    for a, b, c in QUINTIC:
+        gram = update @ update.T
+        update = a * update + (b * gram + c * gram @ gram) @ update
+    update = update if update.shape == weight.shape else update.T
+    return weight * (1 - LR * decay) - LR * 0.2 * max(weight.shape) ** 0.5 * update
+
+
 OPTIMIZERS: dict[str, Callable[[np.ndarray, list[np.ndarray], float], np.ndarray]] = {
     "adamw": adamw,
     "lamb": lamb,
+    "muon": muon,
 }
 
 
-@pytest.mark.parametrize("name", recipe.registries(ROOT)["optimizer.name"])
+@pytest.mark.parametrize("name", {*OPTIMIZERS, *recipe.registries(ROOT)["optimizer.name"]})
 def test_the_recipes_optimizers_take_their_oracles_step(name: str) -> None:
     weights = Weights()
     optimizer = build_optimizer(weights, OptimizerConfig(name, lr=LR, weight_decay=DECAY))

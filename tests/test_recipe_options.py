@@ -36,6 +36,7 @@ OPTIONS: dict[str, dict[str, object]] = {
     "teacher_dropping": {"losses__balance": "teacher_dropping"},
     "ema": {"optimizer__ema_decay": 0.9},
     "lamb": {"optimizer__name": "lamb"},
+    "muon": {"optimizer__name": "muon"},
     **{f"feature_{name}": {"losses__feature": name} for name in FEATURE_LOSSES if name != "mse"},
     **{f"summary_{name}": {"losses__summary": name} for name in SUMMARY_LOSSES if name != "cosine"},
     "larger": {"losses__grid": "larger"},
@@ -45,7 +46,7 @@ OPTIONS: dict[str, dict[str, object]] = {
     "attention": {"student__adaptor_kind": "attention"},
 }
 # Those with a state or with random numbers of their own, which a resumed run must find again.
-CARRIED = ("damp", "ada_loss", "teacher_dropping", "ema", "spectral", "drop_path", "lamb")
+CARRIED = ("damp", "ada_loss", "teacher_dropping", "ema", "spectral", "drop_path", "lamb", "muon")
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,11 @@ def test_an_option_changes_what_it_should_and_resumes_exactly(
         assert same_start and same_end and rows_of(whole.out)[1] != rows_of(plain)[1]
     elif name == "checkpointing":  # the same numbers, computed twice
         assert same_start and same_end and rows_of(whole.out) == rows_of(plain)
-    elif name in (*BALANCES, "lamb"):  # the first losses are the same, what is made of them is not
+    elif name in (
+        *BALANCES,
+        "lamb",
+        "muon",
+    ):  # the first losses are the same, what is made of them is not
         assert same_start and not same_end
     else:
         assert not same_start and not same_end

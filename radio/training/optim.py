@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,14 @@ NO_DECAY = ("pos_embed", "cls_token.token", "parametrizations.weight.original")
 GROUP = "group "
 
 
+@functools.cache
+def newton_schulz() -> Callable[..., Tensor]:
+    """Return timm's orthogonalisation of a gradient in float32."""
+    from timm.optim import muon
+
+    return functools.partial(muon.zeropower_via_newtonschulz, dtype=torch.float32)
+
+
 def build_optimizer(student: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """Return timm's optimizer `config.name` (adamw, lamb, ...); no decay on vectors and tables.
 
@@ -28,16 +38,23 @@ def build_optimizer(student: nn.Module, config: OptimizerConfig) -> torch.optim.
     tests/test_recipe.py::test_the_recipes_optimizers_take_their_oracles_step.
     Recipe: LAMB; PHI-S (2410.01680) section A.7; optimizer.name=lamb, optimizer.weight_decay;
     tests/test_recipe.py::test_the_recipes_optimizers_take_their_oracles_step.
+    Recipe: Muon; Jordan 2024 (2502.16982 for the rate that matches AdamW's); optimizer.name=muon;
+    tests/test_recipe.py::test_the_recipes_optimizers_take_their_oracles_step.
     """
-    from timm.optim import create_optimizer_v2, list_optimizers  # slow import
+    from timm.optim import create_optimizer_v2, list_optimizers, muon  # slow import
 
     named = [(name, p) for name, p in student.named_parameters() if p.requires_grad]
     plain = [p for name, p in named if p.ndim < 2 or name.endswith(NO_DECAY)]
     decayed = [p for name, p in named if not (p.ndim < 2 or name.endswith(NO_DECAY))]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": plain, "weight_decay": 0.0},
     ]
+    if config.name.endswith("muon"):
+        groups[1]["use_fallback"] = True  # AdamW: tables are matrices to timm, but not to Muon
+        # timm orthogonalises in bfloat16, whatever the weights are: inexact, and on a CPU without
+        # such instructions a hundred times slower.
+        muon.zeropower_via_newtonschulz = newton_schulz()
     if config.name not in list_optimizers():
         raise RadioError(
             f"optimizer.name is '{config.name}'; known: {', '.join(map(str, list_optimizers()))}"
@@ -85,6 +102,7 @@ def optimizer_tensors(student: nn.Module, optimizer: torch.optim.Optimizer) -> d
         f"{names[parameter]}|{slot}": whole(value.detach())
         for parameter, slots in optimizer.state.items()
         for slot, value in slots.items()
+        if isinstance(value, Tensor)  # Muon notes beside them which weights it takes
     }
 
 
