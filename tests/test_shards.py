@@ -203,6 +203,20 @@ def test_a_key_that_occurs_twice_is_refused_by_name(tmp_path: Path) -> None:
         open_images(str(twice))
 
 
+def test_sets_that_number_alike_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    for name in ("cats", "dogs/small"):
+        for split in ("train", "val"):
+            (tmp_path / "here" / name).mkdir(parents=True, exist_ok=True)
+            write_tar(tmp_path / "here" / name / f"{split}-0.tar", {"000000.jpg": name.encode()})
+    pattern = str(tmp_path / "{place}" / "{{cats,dogs/small}}" / "train-*.tar")
+    source = open_images(pattern.format(place="here"))
+    assert contents(source) == {"cats/000000": b"cats", "dogs/small/000000": b"dogs/small"}
+    alone = open_images(str(tmp_path / "here" / "cats" / "train-*.tar"))
+    assert contents(alone) == {"000000": b"cats"}
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert open_images(pattern.format(place="there")).fingerprint == source.fingerprint
+
+
 def test_a_shard_cut_anywhere_is_refused_and_never_shortened(tmp_path: Path) -> None:
     whole = shards(tmp_path, 1, 3)[0].read_bytes()
     expected = contents(open_images(str(tmp_path / "train-000000.tar")))

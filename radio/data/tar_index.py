@@ -24,7 +24,7 @@ from radio.errors import RadioError
 
 log = logging.getLogger("radio.data")
 EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif", "ppm")  # by preference
-INDEX_VERSION = 1  # of the saved file; raise it when its content or the rules above change
+INDEX_VERSION = 2  # of the saved file; raise it when its content or the rules above change
 READERS = 8  # shards whose headers are read at once; remote ones wait most of the time
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
 
@@ -78,6 +78,7 @@ def index_shards(paths: Sequence[str], index_dir: Path | None = None) -> TarInde
     The picture of a sample is the first of EXTENSIONS it has, so that a label map beside a
     photograph is not taken for one; samples without a picture are skipped and counted. With
     `index_dir` the result is kept there, keyed by the shards' paths, sizes and times (or etags).
+    Where the shards lie in several folders, their keys begin with the folder: `flickr8k/000000`.
 
     Raises:
         RadioError: a file that is no plain tar or is cut, no picture at all, a key that occurs
@@ -215,8 +216,10 @@ def _join(paths: Sequence[str], samples: Sequence[dict[str, _Sample]]) -> TarInd
     first_shard: dict[str, int] = {}
     rows: list[tuple[int, int, int]] = []
     skipped: list[str] = []
+    prefixes = _prefixes(paths)
     for number, found in enumerate(samples):
-        for key, sample in found.items():
+        for own, sample in found.items():
+            key = prefixes[number] + own
             if sample.extension is None:
                 skipped.append(key)
                 continue
@@ -230,6 +233,17 @@ def _join(paths: Sequence[str], samples: Sequence[dict[str, _Sample]]) -> TarInd
     shard, offset, length = (np.ascontiguousarray(table[:, column]) for column in range(3))
     keys = PackedStrings.pack(first_shard)
     return TarIndex(tuple(paths), keys, shard, offset, length, len(skipped))
+
+
+def _prefixes(paths: Sequence[str]) -> list[str]:
+    """Return what goes before the keys of each shard: its folder, where the shards lie in several.
+
+    Sets of one making often number their samples alike. The folder is named from where the paths
+    part, so that keys do not depend on where the sets lie.
+    """
+    folders = [path.split("/")[:-1] for path in paths]
+    common = len(os.path.commonprefix(folders))
+    return ["".join(f"{part}/" for part in folder[common:]) for folder in folders]
 
 
 def _twin(key: str, first: str, second: str) -> RadioError:
