@@ -11,7 +11,15 @@ from teachers.base import Teacher, TeacherOutput, count_running
 
 __all__ = ["Teacher", "TeacherOutput", "build_teacher", "count_running", "kinds"]
 
-_NOT_KINDS = {"base", "open_clip_tower", "text", "transformers_trunk", "weights"}
+_NOT_KINDS = {
+    "base",
+    "open_clip_tower",
+    "open_clip_trunk",
+    "pocket",
+    "text",
+    "transformers_trunk",
+    "weights",
+}
 
 
 def kinds() -> list[str]:

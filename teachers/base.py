@@ -15,6 +15,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+Channels = tuple[float, float, float]
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
@@ -55,8 +57,8 @@ class Teacher(nn.Module, ABC):
         view_modes: Sequence[str],
         summary_dim: int | None,
         feature_dim: int,
-        mean: tuple[float, float, float],
-        std: tuple[float, float, float],
+        mean: Channels,
+        std: Channels,
     ) -> None:
         super().__init__()
         self.name = name
@@ -146,6 +148,12 @@ def redraw_constants(module: nn.Module, seed: int) -> None:
             continue
         with torch.no_grad():
             weight.copy_(drawn)
+
+
+def channels(values: Sequence[float]) -> Channels:
+    """Return a value for red, green and blue as a tuple, as a YAML's list gives them."""
+    red, green, blue = values
+    return float(red), float(green), float(blue)
 
 
 def to_map(

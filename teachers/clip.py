@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from teachers.base import Teacher, TeacherOutput, to_map
+from teachers.base import Channels, Teacher, TeacherOutput, channels, to_map
 from teachers.open_clip_tower import build_visual
+from teachers.open_clip_trunk import TrunkTeacher
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -17,7 +19,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 class ClipTeacher(Teacher):
     """The visual tower of open_clip's `transformer.VisionTransformer`, at its native size only."""
 
-    def __init__(self, name: str, visual: Any, side: int) -> None:
+    def __init__(self, name: str, visual: Any, side: int, mean: Channels, std: Channels) -> None:
         stride = int(visual.patch_size[0])
         super().__init__(
             name,
@@ -26,8 +28,8 @@ class ClipTeacher(Teacher):
             view_modes=("native",),
             summary_dim=int(visual.output_dim),
             feature_dim=int(visual.conv1.out_channels),
-            mean=CLIP_MEAN,
-            std=CLIP_STD,
+            mean=mean,
+            std=std,
         )
         visual.output_tokens = True
         self.visual: nn.Module = visual
@@ -40,13 +42,32 @@ class ClipTeacher(Teacher):
 
 
 def build(
-    name: str, pretrained: str | None, seed: int, *, model: str, image_size: int | None = None
-) -> ClipTeacher:
-    """Build the tower of an open_clip model; `image_size` overrides its side in px."""
+    name: str,
+    pretrained: str | None,
+    seed: int,
+    *,
+    model: str,
+    image_size: int | None = None,
+    output_stride: int | None = None,
+    mean: Sequence[float] = CLIP_MEAN,
+    std: Sequence[float] = CLIP_STD,
+) -> ClipTeacher | TrunkTeacher:
+    """Build the tower of an open_clip model; `image_size` overrides its side in px.
+
+    `output_stride` dilates the last stages of a convolutional trunk of timm; `mean` and `std` are
+    for weights that were not trained with CLIP's pixels.
+    """
     visual, side = build_visual(name, model, image_size, pretrained, seed)
-    if "conv1" not in dict(visual.named_children()):
-        raise ValueError(
-            f"teacher '{name}': the visual tower of '{model}' is not open_clip's own ViT; "
-            "use the kind 'siglip' for towers from timm"
-        )
-    return ClipTeacher(name, visual, side)
+    children = dict(visual.named_children())
+    if "conv1" in children:
+        if output_stride is not None:
+            raise ValueError(
+                f"teacher '{name}': '{model}' is a ViT, which has no output_stride; leave it out"
+            )
+        return ClipTeacher(name, visual, side, channels(mean), channels(std))
+    if "trunk" in children and "patch_embed" not in dict(children["trunk"].named_children()):
+        return TrunkTeacher(name, model, visual, side, channels(mean), channels(std), output_stride)
+    raise ValueError(
+        f"teacher '{name}': the visual tower of '{model}' is neither open_clip's own ViT nor a "
+        "convolutional trunk of timm; use the kind 'siglip' for ViTs from timm"
+    )

@@ -13,15 +13,24 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+POCKET = Path(__file__).parent / "pocket"
+WEIGHTS = "model.safetensors"
 FILE_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 _WRAPPERS = ("state_dict", "model", "teacher")
 
 
+def shipped() -> dict[str, Path]:
+    """Return the weights that this package brings along, by what `pretrained` calls them."""
+    return {f"pocket_{path.parent.name}": path for path in sorted(POCKET.glob(f"*/{WEIGHTS}"))}
+
+
 def local_file(name: str, pretrained: str) -> Path | None:
-    """Return the checkpoint's path, or None when `pretrained` is a tag.
+    """Return the checkpoint's path, also of shipped weights; None when `pretrained` is a tag.
 
     Raises ValueError when it is written like a file that does not exist.
     """
+    if pretrained in shipped():
+        return shipped()[pretrained]
     path = Path(pretrained).expanduser()
     if path.is_file():
         return path

@@ -38,7 +38,7 @@ def build_optimizer(student: nn.Module, config: OptimizerConfig) -> torch.optim.
     tests/test_recipe.py::test_the_recipes_optimizers_take_their_oracles_step.
     Recipe: LAMB; PHI-S (2410.01680) section A.7; optimizer.name=lamb, optimizer.weight_decay;
     tests/test_recipe.py::test_the_recipes_optimizers_take_their_oracles_step.
-    Recipe: Muon; Jordan 2024 (2502.16982 for the rate that matches AdamW's); optimizer.name=muon;
+    Recipe: Muon at the length of an AdamW step; ours; optimizer.name=muon, optimizer.weight_decay;
     tests/test_recipe.py::test_the_recipes_optimizers_take_their_oracles_step.
     """
     from timm.optim import create_optimizer_v2, list_optimizers, muon  # slow import

@@ -1,0 +1,1 @@
+"""Small teachers that were really trained, and what they were trained by."""

@@ -1,0 +1,119 @@
+"""Writing a pocket teacher's folder: half-precision weights, how they were made, a model card."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from teachers.weights import POCKET, WEIGHTS
+
+LARGEST = 10_000_000  # bytes
+TERMS = (
+    "The pictures that it learnt from are for non-commercial research (ImageNet, Flickr8k, COCO's "
+    "pictures, CamVid) or have no stated licence: use these weights for research and tests only."
+)
+
+
+@dataclass
+class Making:
+    """What a card says: purpose, start, data, settings and the curves and minutes of each part."""
+
+    name: str
+    purpose: str
+    start: str
+    data: tuple[str, ...]
+    settings: dict[str, Any]
+    seed: int
+    work: Path
+    curves: dict[str, list[dict[str, float]]] = field(default_factory=dict)
+    minutes: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Add up the minutes that a part takes, also when it is cut off and goes on later.
+
+        What two teachers share has one name, and counts for both.
+        """
+        file = self.work / "minutes.json"
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            known = json.loads(file.read_text()) if file.exists() else {}
+            known[name] = known.get(name, 0.0) + (time.monotonic() - start) / 60
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(known, indent=1))
+            self.minutes[name] = round(known[name], 1)
+
+
+def store(recipe: Making, state: Mapping[str, Tensor]) -> Path:
+    """Write `teachers/pocket/<name>`: model.safetensors, training.json and README.md."""
+    folder = POCKET / recipe.name
+    folder.mkdir(parents=True, exist_ok=True)
+    half = {
+        key: (value.half() if value.is_floating_point() else value).contiguous().clone()
+        for key, value in state.items()
+    }
+    save_file(half, folder / WEIGHTS)
+    size = (folder / WEIGHTS).stat().st_size
+    if size > LARGEST:
+        raise ValueError(f"{folder / WEIGHTS} has {size} bytes; at most {LARGEST} may ship")
+    told = {
+        "name": recipe.name,
+        "seed": recipe.seed,
+        "settings": recipe.settings,
+        "data": recipe.data,
+        "minutes": recipe.minutes,
+        "threads": torch.get_num_threads(),
+        "machine": platform.processor() or platform.machine(),
+        "versions": {name: version(name) for name in ("torch", "timm", "open_clip_torch")},
+        "curves": recipe.curves,
+    }
+    (folder / "training.json").write_text(json.dumps(told, indent=1) + "\n")
+    (folder / "README.md").write_text(card(recipe, half, size))
+    return folder
+
+
+def card(recipe: Making, state: Mapping[str, Tensor], size: int) -> str:
+    """Return the model card in Markdown."""
+    digest = hashlib.sha256((POCKET / recipe.name / WEIGHTS).read_bytes()).hexdigest()
+    count = sum(value.numel() for value in state.values() if value.is_floating_point())
+    settings = "\n".join(f"| {key} | {value} |" for key, value in recipe.settings.items())
+    minutes = ", ".join(f"{part} {spent:g}" for part, spent in recipe.minutes.items())
+    data = "\n".join(f"- {name}" for name in recipe.data)
+    return f"""# pocket_{recipe.name}
+
+{recipe.purpose}
+
+**Start.** {recipe.start}
+
+**Learnt from** (train shards only):
+
+{data}
+
+**Terms.** {TERMS}
+
+**Size.** {count / 1e6:.2f} M parameters, {size / 1e6:.1f} MB in half precision; SHA-256 {digest}.
+
+**Recipe.** `make pocket`, or `python -m teachers.pocket.recipes {recipe.name} --data DIR`: seed
+{recipe.seed}, minutes with {torch.get_num_threads()} thread(s): {minutes}. Curves: training.json.
+
+| setting | value |
+|---|---|
+{settings}
+
+What it can do is measured by `radio evaluate pocket_{recipe.name} --task TASK --data DIR`; the
+figures are in docs/results.md.
+"""

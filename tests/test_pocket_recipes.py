@@ -1,0 +1,184 @@
+"""What the pocket teachers learn by: losses against other libraries, draws, a cut-off training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from open_clip.loss import ClipLoss, SigLipLoss
+from torch import nn
+
+from teachers.pocket.recipes import dinov2, sam
+from teachers.pocket.recipes.checkpoint import Checkpoint
+from teachers.pocket.recipes.contrastive import Names, Step, sigmoid_loss, softmax_loss
+from teachers.pocket.recipes.data import NUM_HELD_OUT, Classes, imagenet_synsets, views
+from teachers.pocket.recipes.text import schedule, tokens_of, train_tokenizer
+
+PAIRS, LABELLED, NAMES, DIM = 5, 4, 6, 8
+
+
+def unit(*shape: int, generator: torch.Generator) -> torch.Tensor:
+    return F.normalize(torch.randn(*shape, generator=generator), dim=-1)
+
+
+@pytest.fixture
+def step() -> Step:
+    generator = torch.Generator().manual_seed(0)
+    return Step(
+        pictures=unit(PAIRS + LABELLED, DIM, generator=generator),
+        captions=unit(PAIRS, DIM, generator=generator),
+        names=unit(NAMES, DIM, generator=generator),
+        labels=torch.tensor([0, 3, 3, 5]),
+        belief=torch.rand(PAIRS + LABELLED, NAMES, generator=generator).softmax(1),
+        rows=unit(NAMES, DIM, generator=generator),
+    )
+
+
+def test_the_caption_losses_are_open_clips(step: Step) -> None:
+    scale, bias = torch.tensor(12.0), torch.tensor(-3.0)
+    pictures = step.pictures[:PAIRS]
+    clip = ClipLoss()(pictures, step.captions, scale)
+    siglip = SigLipLoss()(pictures, step.captions, scale, bias)
+    torch.testing.assert_close(softmax_loss(step, scale)["captions"], clip)
+    torch.testing.assert_close(sigmoid_loss(step, scale, bias)["captions"], siglip)
+
+
+def test_names_and_belief_are_cross_entropies(step: Step) -> None:
+    scale = torch.tensor(12.0)
+    logits = (scale * step.pictures @ step.names.T).double()
+    chances = logits.exp() / logits.exp().sum(1, keepdim=True)
+    losses = softmax_loss(step, scale)
+    true = chances[PAIRS:][torch.arange(LABELLED), step.labels]
+    assert float(losses["names"]) == pytest.approx(float(-true.log().mean()), rel=1e-5)
+    apart = (step.belief * (step.belief / chances).log()).sum(1).mean()
+    assert float(losses["belief"]) == pytest.approx(float(apart), rel=1e-4)
+    yes = 1 / (1 + (-logits - 2).exp())
+    belief = step.belief.double()
+    told = -(belief * yes.log() + (1 - belief) * (1 - yes).log()).sum(1).mean()
+    found = sigmoid_loss(step, scale, torch.tensor(2.0))["belief"]
+    assert float(found) == pytest.approx(float(told), rel=1e-4)
+
+
+def test_held_out_classes_are_nowhere_among_the_names(tmp_path: Path) -> None:
+    synsets = imagenet_synsets()
+    chosen = range(0, 1000, 10)
+    rows = [f"{at}\t{synsets[row]}\tname {at}, other" for at, row in enumerate(chosen)]
+    (tmp_path / "classes.txt").write_text("\n".join(rows))
+    classes = Classes.read(tmp_path)
+    names = Names.of(classes)
+    assert len(classes.held_out) == NUM_HELD_OUT
+    assert not set(classes.held_out) & set(classes.seen)
+    held = {chosen[at] for at in classes.held_out}
+    assert len(names.texts) == len(names.rows) == 1000 - NUM_HELD_OUT
+    assert not held & set(names.rows.tolist())
+    assert names.texts[0] == f"name {classes.seen[0]}"
+    at, texts = names.draw(torch.Generator().manual_seed(0))
+    assert len(set(at.tolist())) == len(texts) == len(at)
+    assert all(names.texts[place] in text for place, text in zip(at.tolist(), texts, strict=True))
+
+
+def test_the_tokenizer_begins_with_its_class_token_and_keeps_to_its_size(tmp_path: Path) -> None:
+    texts = ["a dog on the grass", "two dogs run", "goldfish: a small fish"] * 3
+    tokenizer = train_tokenizer(texts, tmp_path)
+    tokens = tokens_of(tokenizer, [*texts[:3], "A DOG on the grass"])
+    assert tokens.shape == (4, 20)
+    assert (tokens[:, 0] == tokenizer.cls_token_id).all()
+    assert torch.equal(tokens[0], tokens[3])
+    assert (tmp_path / "tokenizer.json").is_file()
+
+
+def test_views_are_seeded_crops_and_the_whole_picture() -> None:
+    image = torch.randint(0, 256, (3, 40, 60), dtype=torch.uint8)
+    first, again, other = (views([image], 32, seed) for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    whole = views([image], 32, None)
+    assert whole.shape == (1, 3, 32, 32)
+    assert 0 <= float(whole.min()) <= float(whole.max()) <= 1
+
+
+def test_the_schedule_rises_and_falls() -> None:
+    rates = [schedule(at, 1000, warmup=50) for at in range(1000)]
+    assert rates.index(max(rates)) in range(45, 55)
+    assert rates[0] == pytest.approx(0.02, abs=1e-3)
+    assert rates[-1] == pytest.approx(0.02, abs=1e-3)
+
+
+def test_mask_losses_against_loops() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 3, 5, 5, generator=generator)
+    predicted = torch.rand(2, 3, generator=generator)
+    wanted = (torch.rand(2, 5, 5, generator=generator) > 0.5).float()
+    loss, chosen = sam.mask_losses(logits, predicted, wanted)
+    total = 0.0
+    for n in range(2):
+        each, ious = [], []
+        for m in range(3):
+            p = logits[n, m].double().sigmoid().numpy()
+            y = wanted[n].double().numpy()
+            at = np.where(y == 1, p, 1 - p)
+            focal = (np.where(y == 1, 0.25, 0.75) * (1 - at) ** 2 * -np.log(at)).mean()
+            dice = 1 - (2 * (p * y).sum() + 1) / (p.sum() + y.sum() + 1)
+            each.append(20 * focal + dice)
+            ious.append(((p > 0.5) & (y == 1)).sum() / ((p > 0.5) | (y == 1)).sum())
+        total += min(each) + np.square(predicted[n].numpy() - ious).mean()
+        assert float(chosen[n]) == pytest.approx(ious[int(predicted[n].argmax())], rel=1e-5)
+    assert float(loss) == pytest.approx(total / 2, rel=1e-4)
+
+
+def test_points_and_boxes_belong_to_their_masks() -> None:
+    maps = torch.zeros(1, sam.SIZE, sam.SIZE, dtype=torch.int32)
+    maps[0, 20:90, 30:120] = 1
+    maps[0, 150:200, 10:250] = 2
+    maps[0, :2, :2] = 3  # too small to be asked for
+    canvas = sam.Labelled(torch.zeros(3, sam.SIZE, sam.SIZE, dtype=torch.uint8), maps)
+    asked = sam.ask(canvas, np.random.default_rng(0))
+    assert asked is not None
+    assert len(asked.masks) == 2
+    for mask, point, box in zip(asked.masks, asked.points, asked.boxes, strict=True):
+        assert mask[int(point[1]), int(point[0])] == 1
+        rows, columns = mask.nonzero(as_tuple=True)
+        tight = torch.tensor([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
+        assert (box - tight).abs().max() <= 10
+
+
+def test_hidden_patches_are_a_block_in_every_other_picture() -> None:
+    masks = dinov2.draw_masks(8, 6, torch.Generator().manual_seed(0))
+    counts = masks.flatten(1).sum(1)
+    assert (counts[1::2] == 0).all()
+    assert (counts[::2] > 0).all()
+    for mask in masks[::2]:
+        rows, columns = mask.nonzero(as_tuple=True)
+        assert mask[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1].all()
+
+
+def test_a_training_that_is_cut_off_goes_on_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("teachers.pocket.recipes.checkpoint.EVERY", 0.0)
+
+    def run(path: Path, until: int, steps: int = 6) -> tuple[torch.Tensor, Checkpoint]:
+        torch.manual_seed(0)
+        model, scale = nn.Linear(3, 2), nn.Parameter(torch.ones([]))
+        optimizer = torch.optim.AdamW([*model.parameters(), scale], lr=0.1)
+        generator = torch.Generator().manual_seed(1)
+        parts = {"model": model, "optimizer": optimizer}
+        saved = Checkpoint(path, parts, generator, scalars=[scale])
+        while saved.step < until:
+            inputs = torch.randn(4, 3, generator=generator)
+            loss = (scale * model(inputs)).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            saved.told(loss=loss.item())
+            saved.done(saved.step == steps - 1)
+        return torch.cat([model.weight.detach().flatten(), scale.detach()[None]]), saved
+
+    whole, first = run(tmp_path / "whole.pt", 6)
+    run(tmp_path / "cut.pt", 3)
+    resumed, second = run(tmp_path / "cut.pt", 6)
+    assert torch.equal(whole, resumed)
+    assert [row["loss"] for row in first.curve] == [row["loss"] for row in second.curve]
