@@ -4,7 +4,9 @@ BIN := .venv/bin
 PYTEST := OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 STAMP := .venv/.installed
 
-.PHONY: help setup demo test test-all check golden benchmark docs clean
+.PHONY: help setup demo test test-all check golden benchmark pocket results findings docs clean
+
+DATA ?= sets
 
 help:  ## list what make can do
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -36,6 +38,16 @@ golden: $(STAMP)  ## rewrite the golden losses after a change of numerics (look 
 
 benchmark: $(STAMP)  ## measure, one benchmark after the other, JSON into benchmarks/results
 	for file in benchmarks/[a-z]*.py; do $(BIN)/python $$file || exit 1; done
+
+pocket: $(STAMP)  ## train the pocket teachers anew on the image sets in DATA (hours)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[pocket]"
+	$(BIN)/python -m teachers.pocket.recipes --data $(DATA)
+
+results: $(STAMP)  ## measure teachers and student on the image sets in DATA, write docs/results.md
+	$(BIN)/python -m benchmarks.quality --data $(DATA)
+
+findings: $(STAMP)  ## measure the papers' findings on the image sets in DATA, write docs/findings.md
+	$(BIN)/python -m benchmarks.findings --data $(DATA)
 
 docs: $(STAMP)  ## remake the generated parts of docs/ from the code
 	$(BIN)/python docs/generate.py

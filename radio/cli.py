@@ -150,7 +150,10 @@ def fuse(
 def encode(
     sources: Annotated[list[str], typer.Argument(help="Folders, globs, pictures or tars.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
-    model: Annotated[Path, typer.Option("--model", "-m", help="An encoder folder.")],
+    model: Annotated[
+        Path | None,
+        typer.Option("--model", "-m", help="An encoder folder, or the name of one that ships."),
+    ] = None,
     features: Annotated[
         str, typer.Option(help="Comma-separated: summary,features,clip:summary,sam:features")
     ] = "summary",
@@ -162,15 +165,17 @@ def encode(
 ) -> None:
     """Extract features of pictures into parquet."""
     from radio.encoder.encoder import load
+    from radio.encoder.shipped import default
     from radio.extraction.encode import encode as encode_sources
     from radio.progress import ProgressDisplay
 
+    encoder = load(default() if model is None else model)
     with ProgressDisplay() as progress:
         progress.phase("encoding")
         result = encode_sources(
             sources,
             output,
-            load(model),
+            encoder,
             features=tuple(features.split(",")),
             size=size,
             merge_to=merge_to,

@@ -218,7 +218,7 @@ OPTIMIZERS: dict[str, Callable[[np.ndarray, list[np.ndarray], float], np.ndarray
 }
 
 
-@pytest.mark.parametrize("name", {*OPTIMIZERS, *recipe.registries(ROOT)["optimizer.name"]})
+@pytest.mark.parametrize("name", sorted({*OPTIMIZERS, *recipe.registries(ROOT)["optimizer.name"]}))
 def test_the_recipes_optimizers_take_their_oracles_step(name: str) -> None:
     weights = Weights()
     optimizer = build_optimizer(weights, OptimizerConfig(name, lr=LR, weight_decay=DECAY))

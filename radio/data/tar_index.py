@@ -6,6 +6,7 @@ Keys and fields are webdataset's: `a/b.sem.png` is the field `sem.png` of the sa
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import os
 import tarfile
@@ -242,7 +243,12 @@ def _prefixes(paths: Sequence[str]) -> list[str]:
     part, so that keys do not depend on where the sets lie.
     """
     folders = [path.split("/")[:-1] for path in paths]
-    common = len(os.path.commonprefix(folders))
+    common = sum(
+        1
+        for _ in itertools.takewhile(
+            lambda parts: len(set(parts)) == 1, zip(*folders, strict=False)
+        )
+    )
     return ["".join(f"{part}/" for part in folder[common:]) for folder in folders]
 
 

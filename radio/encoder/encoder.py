@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from radio.encoder.folder import read_weights
 from radio.encoder.images import Picture, Pixels, Size, batches_of, check_size, pair
 from radio.encoder.layers import layer_name, layer_names, patches_of, tokens_after
+from radio.encoder.shipped import located
 from radio.encoder.text import TextSource
 from radio.encoder.weights import Weights, build_backbone, build_heads
 from radio.errors import RadioError
@@ -36,14 +37,15 @@ def load(
     """Load an encoder.
 
     Args:
-        path: a folder of `radio fuse`, NVIDIA's folder or `.pth.tar` file.
+        path: a folder of `radio fuse`, NVIDIA's folder or `.pth.tar` file, or the name of an
+            encoder that ships (`radio.encoder.shipped`) where there is no such path.
         device: the CPU if not given.
-        dtype: of the weights; float32 if not given.
+        dtype: of the weights; float32 if not given, whatever they are stored in.
 
     Raises:
         RadioError: `path` is none of these; the message lists what was expected.
     """
-    encoder = Encoder(read_weights(Path(path)))
+    encoder = Encoder(read_weights(located(path)))
     if device is not None:
         encoder.to(device)
     if dtype is not None:

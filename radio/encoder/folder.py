@@ -148,7 +148,11 @@ def _check_config(path: Path, config: dict[str, Any]) -> None:
 
 
 def _heads(path: Path, states: State, name: str, block: dict[str, Any]) -> TeacherHeads:
-    found = {kind: below(states, f"{name}.{kind}.") for kind in HEADS}
+    # Float32 like the backbone, also of a folder that is stored in half precision.
+    found = {
+        kind: {key: value.float() for key, value in below(states, f"{name}.{kind}.").items()}
+        for kind in HEADS
+    }
     present = {kind: state for kind, state in found.items() if state}
     for kind, dim in DIM_OF.items():
         if dim in block and kind not in present:

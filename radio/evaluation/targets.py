@@ -9,6 +9,7 @@ import yaml
 from radio.config import TeacherCard, TeacherConfig, choices, load_teacher
 from radio.encoder.folder import read_weights
 from radio.encoder.fuse import weights_of
+from radio.encoder.shipped import shipped
 from radio.errors import RadioError
 from radio.evaluation.target import Target
 from radio.evaluation.target_kinds import EncoderTarget, PixelsTarget, TeacherTarget
@@ -38,8 +39,8 @@ def resolve(target: str | Path) -> Target:
     """Return the target that a path or a name means.
 
     In this order: "pixels"; "timm:NAME"; a path to an encoder folder, NVIDIA's file, a run folder
-    or checkpoint (fused in memory), or a teacher's YAML; a name of configs/teacher; a timm model's
-    name, whose pretrained weights timm loads.
+    or checkpoint (fused in memory), or a teacher's YAML; the name of an encoder that ships; a name
+    of configs/teacher; a timm model's name, whose pretrained weights timm loads.
 
     Raises:
         RadioError: none of these (all that was tried is listed), or weights that cannot be had.
@@ -52,15 +53,18 @@ def resolve(target: str | Path) -> Target:
     path = Path(target)
     if path.exists():
         return _at(name, path)
+    if name in shipped():
+        return EncoderTarget(name, read_weights(shipped()[name]))
     if name in choices("teacher"):
         return TeacherTarget(name, load_teacher(name))
     import timm
 
     if timm.is_model(name):
         return timm_target(name, name)
-    teachers = ", ".join(choices("teacher"))
+    encoders, teachers = (", ".join(names) for names in (shipped(), choices("teacher")))
     raise RadioError(
-        f"unknown target '{name}': no path to {EXPECTED}; no teacher ({teachers}); no timm model "
+        f"unknown target '{name}': no path to {EXPECTED}; no encoder that ships "
+        f"({encoders or 'none does here'}); no teacher ({teachers}); no timm model "
         f"(timm.list_models()); not '{PIXELS}'"
     )
 

@@ -1,0 +1,398 @@
+"""The quality benchmark: its plan, its arithmetic, and the page that it writes from JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from data_folder import write_folder
+from small_encoder import small_weights
+from tiny import tiny_config
+
+from benchmarks.quality import measure as measure_module
+from benchmarks.quality.__main__ import main
+from benchmarks.quality.compare import (
+    Side,
+    chance_of,
+    counts_of,
+    difference,
+    iou_of_counts,
+    kept_of,
+    retention,
+    statistic_of,
+)
+from benchmarks.quality.jobs import (
+    COCO,
+    PEOPLE,
+    ROWS,
+    TINY,
+    Job,
+    Setting,
+    Subject,
+    TeacherFacts,
+    subjects_of,
+    teachers_called,
+)
+from benchmarks.quality.measure import Measurer, cost_of, views_seen
+from benchmarks.quality.page import page
+from benchmarks.quality.store import Stored, read_stored, write_record
+from benchmarks.quality.verdicts import Verdict, verdicts
+from radio import cli
+from radio.config import to_yaml
+from radio.errors import RadioError
+from radio.evaluation import command as command_module
+from radio.evaluation.result import Options, Result, bootstrap, mean
+from radio.evaluation.segmentation import mean_iou
+from radio.evaluation.target_kinds import EncoderTarget
+from radio.training.cost import vit_gflop
+
+TEACHERS = {
+    "clip": TeacherFacts(128, False, True),
+    "siglip": TeacherFacts(160, False, True),
+    "dinov2": TeacherFacts(128, True, True),
+    "sam": TeacherFacts(256, False, False),
+}
+SETTING = Setting("pocket", TEACHERS, (1, 4), (0, 2, 3))
+SUBJECTS = subjects_of(SETTING, "pocket", "runs/random", ["runs/p/checkpoints/step-000010"])
+
+
+# What is measured
+
+
+def test_the_pocket_teachers_are_what_their_yaml_says() -> None:
+    found = teachers_called("demo")
+    assert list(found) == ["clip", "siglip", "dinov2", "sam"]
+    assert found["dinov2"].sizes == (224, 448) and found["sam"].sizes == (256,)
+    assert not found["sam"].has_summary and teachers_called("nobody") == {}
+
+
+def test_no_two_jobs_of_a_subject_share_a_file() -> None:
+    for subject in SUBJECTS:
+        names = [job.name for job in SETTING.jobs(subject)]
+        assert names and len(set(names)) == len(names), subject
+
+
+def test_the_student_is_beside_every_teacher_at_its_size() -> None:
+    def of(label: str) -> set[tuple[str, int | None, str]]:
+        (subject,) = (s for s in SUBJECTS if s.label == label)
+        return {(job.row.name, job.size, job.tag) for job in SETTING.jobs(subject)}
+
+    for adaptor in TEACHERS:
+        for row, size, _ in of(f"pocket_{adaptor}"):
+            tag = adaptor if ROWS[row].of in ("text", "masks") else ""
+            if row in ("rank", "scale"):
+                continue
+            assert (row, size, tag) in of("student"), (adaptor, row)
+            if ROWS[row].of != "else":
+                assert (row, size, tag) in of("control"), (adaptor, row)
+    assert ("zero-shot-held-out", 160, "siglip") in of("step-000010")
+    assert {row for row, _, _ in of("constant")} == {r for r in ROWS if r.startswith("masks")}
+    assert ("camvid", 256, "") in of("pixels")
+
+
+def test_every_command_means_the_options_that_were_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[Any] = []
+
+    def caught(*given: Any) -> Any:
+        seen.append(given)
+        return {}, []
+
+    monkeypatch.setattr(command_module, "run", caught)
+    student = SETTING.jobs(Subject("student", "pocket", "student"))
+    for job in {(job.row.name, bool(job.tag)): job for job in student}.values():
+        words = job.command("it", "sets").split()
+        cli.app(words[1:], standalone_mode=False)
+        target, tasks, data, options, _ = seen[-1]
+        assert (target, tasks) == ("it", [job.row.task])
+        assert data == f"sets/{job.row.data}"
+        assert options == Options(**job.all_options), job
+
+
+# Arithmetic
+
+
+def test_retention_is_the_hand_computed_share_with_the_same_pictures_drawn() -> None:
+    rng = np.random.default_rng(3)
+    floor, teacher, student = (rng.random(40) + shift for shift in (0.0, 1.0, 0.6))
+    found = retention(*(Side(v.mean(), v) for v in (student, teacher, floor)), mean)
+    expected = (student.mean() - floor.mean()) / (teacher.mean() - floor.mean())
+    assert found.share == pytest.approx(expected)
+    shares = []
+    for rows in np.random.default_rng(0).integers(0, 40, (1000, 40)):
+        s, t, f = (np.mean([v[row] for row in rows]) for v in (student, teacher, floor))
+        shares.append((s - f) / (t - f))
+    assert found.interval == pytest.approx(tuple(np.percentile(shares, (2.5, 97.5))))
+    chance = retention(Side(0.4, student * 0 + 0.4), Side(0.6, teacher * 0 + 0.6), Side(0.2), mean)
+    assert chance.share == pytest.approx(0.5)
+    assert chance.interval == pytest.approx((0.5, 0.5))
+
+
+def test_a_teacher_that_is_not_above_the_floor_keeps_nothing() -> None:
+    rows = np.random.default_rng(0).integers(0, 2, 30).astype(float)
+    assert retention(Side(0.5, rows), Side(0.4, rows), Side(0.4), mean).share is None
+    barely = retention(Side(0.5, rows), Side(rows.mean(), rows), Side(rows.mean() - 0.01), mean)
+    assert barely.share is not None and barely.interval is None
+    with pytest.raises(RadioError, match="30, 29 pictures"):
+        retention(Side(0.5, rows), Side(0.9, rows[1:]), Side(0.4), mean)
+
+
+def test_iou_of_counts_is_the_tasks_own() -> None:
+    confusions = np.random.default_rng(0).integers(0, 9, (5, 4, 4))
+    confusions[:, 2] = 0  # a class that is predicted but never labelled
+    assert iou_of_counts(counts_of(confusions)) == pytest.approx(mean_iou(confusions))
+    assert iou_of_counts(counts_of(confusions * 0)) == 0
+
+
+def test_the_guess_of_a_retrieval_is_that_of_random_orders(tmp_path: Path) -> None:
+    store(tmp_path, "pocket_clip", "retrieval", 0.3, size=128)
+    record = next(read_stored(tmp_path).of("retrieval"))
+    drawn = np.random.default_rng(0).permuted(np.tile(np.arange(50), (20_000, 1)), axis=1)[:, :5]
+    by_picture = (drawn < 5).any(axis=1).mean()  # captions 0 to 4 are the picture's own
+    assert chance_of(record) == pytest.approx((by_picture + 5 / 10) / 2, abs=0.01)
+
+
+def test_views_are_those_of_the_steps_that_were_taken(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, steps=6)
+    (stage,) = config.stages
+    config = replace(config, stages=[stage, replace(stage, steps=4)])
+    each = sum(partition.batch for partition in stage.partitions.values())
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    for step in (2, 6, 9):
+        (tmp_path / "state.yaml").write_text(yaml.safe_dump({"step": step}))
+        assert views_seen(tmp_path) == step * each
+
+
+def test_gflop_of_an_encoder_are_those_of_its_shape() -> None:
+    torch.set_num_threads(1)
+    weights = small_weights()
+    cost = cost_of(EncoderTarget("small", weights), (64, 96))
+    for size in (64, 96):
+        expected = vit_gflop(weights.shape, size, weights.patch_size)
+        assert cost["gflop"][str(size)] == pytest.approx(expected, rel=0.01)
+        assert cost["gflop_with_adaptors"][str(size)] > cost["gflop"][str(size)]
+    backbone = sum(value.numel() for value in weights.backbone.values())
+    assert cost["parameters_m"] * 1e6 > 0.99 * backbone
+
+
+# Measuring
+
+
+def test_what_is_stored_is_not_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RADIO_CACHE", str(tmp_path / "cache"))
+    for name in (TINY, COCO, PEOPLE):
+        (tmp_path / "sets" / name).mkdir(parents=True)
+        write_folder(tmp_path / "sets" / name, train=24, val=9)
+    setting = Setting("pocket", {}, (0,), (1,))
+    subjects = subjects_of(setting, "nowhere", None, [])
+    out = tmp_path / "out"
+
+    def run() -> None:
+        Measurer(setting, str(tmp_path / "sets"), out).run(
+            subjects, ["pixels", "constant", "student"]
+        )
+
+    run()
+    stored = read_stored(out)
+    assert {r.subject for r in stored.records} == {"pixels", "constant"}
+    knn = stored.one("knn", "pixels", 64)
+    assert knn is not None and knn.samples is not None
+    assert knn.score == knn.samples.mean()
+    assert knn.facts["command"].startswith("radio evaluate pixels --task knn --data")
+    constant = stored.one("masks-box-coco", "constant")
+    assert constant is not None and 0.9 < constant.score <= 1  # all masks are rectangles
+    assert "unknown target 'nowhere'" in stored.missing["student"]
+    before = {path: path.read_bytes() for path in out.glob("*/*")}
+
+    def never(*_: Any) -> None:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(measure_module, "measure", never)
+    monkeypatch.setattr(measure_module, "constant_masks", never)
+    run()
+    assert {path: path.read_bytes() for path in out.glob("*/*")} == before
+    (out / "pixels" / f"{Job(ROWS['knn'], 64).name}.json").unlink()
+    with pytest.raises(AssertionError, match="measured again"):
+        run()
+
+
+# The page
+
+
+def store(
+    out: Path,
+    subject: str,
+    row: str,
+    score: float,
+    size: int | None = None,
+    tag: str = "",
+    samples: np.ndarray | None = None,
+    details: dict[str, Any] | None = None,
+    fingerprint: str | None = None,
+) -> None:
+    roles = {s.label: s.role for s in SUBJECTS}
+    told: dict[str, Any] = {"chance": 0.05, "pictures": 10, "captions": 50, **(details or {})}
+    told["rows"] = [
+        {"direction": d, "k": 5, "recall": score + shift, "interval": [score, score + shift]}
+        for d, shift in (("image_to_text", 0.1), ("text_to_image", -0.1))
+    ]
+    interval = (score - 0.02, score + 0.02)
+    if samples is not None:
+        interval = bootstrap(samples, statistic_of(row))
+    facts = {
+        "subject": subject,
+        "role": roles[subject],
+        "order": list(roles).index(subject),
+        "row": row,
+        "tag": tag,
+        "size": size,
+        "fingerprint": fingerprint or subject,
+        "views_seen": 1234,
+        "seconds": 60,
+        "commit": "abc123",
+        "versions": {"torch": "2"},
+    }
+    result = Result(ROWS[row].task, subject, score, interval, told, samples)
+    write_record(out / subject, Job(ROWS[row], size, tag).name, facts, result)
+
+
+def hits(share: float, count: int = 100) -> np.ndarray:
+    return (np.arange(count) < share * count).astype(float)
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Results as they would be: siglip the best at kNN, the student half as good."""
+    folder = tmp_path_factory.mktemp("results") / "quality"
+    for subject, size, share in (
+        ("pixels", 64, 0.1),
+        ("pocket_clip", 128, 0.5),
+        ("pocket_siglip", 160, 0.7),
+        ("pocket_dinov2", 128, 0.3),
+        ("student", 128, 0.34),
+        ("student", 160, 0.34),
+        ("control", 160, 0.12),
+        ("step-000010", 128, 0.2),
+    ):
+        store(folder, subject, "knn", share, size, samples=hits(share))
+    store(folder, "student", "knn", 0.4, 160, "siglip", hits(0.4))
+    store(folder, "pocket_clip", "zero-shot-seen", 0.6, 128, samples=hits(0.6))
+    store(folder, "pocket_clip", "retrieval", 0.35, 128)
+    masks = {
+        "constant": (None, "", 0.5),
+        "pocket_sam": (256, "", 0.7),
+        "student": (256, "sam", 0.6),
+    }
+    for subject, (size, tag, score) in masks.items():
+        rows = np.stack([np.full(20, score), np.ones(20)], axis=1)
+        store(folder, subject, "masks-point-coco", score, size, tag, rows)
+    curves = {"sam": {"min_over_max": 0.8, "max": 0.05, "interval": [0.7, 0.9]}}
+    store(folder, "student", "mode-switch", 0.8, details={"teachers": curves})
+    (folder / "missing.json").write_text(json.dumps({"student/camvid_128": "no such\nmap"}))
+    return folder
+
+
+def of(found: Sequence[Verdict], what: str) -> Verdict:
+    (verdict,) = (v for v in found if what in v.what)
+    return verdict
+
+
+def test_the_share_that_counts_is_of_the_best_teacher_at_any_size(out: Path) -> None:
+    kept = {one.size: one for one in kept_of(read_stored(out), "knn")}
+    assert {size: one.teacher.subject for size, one in kept.items()} == {
+        128: "pocket_clip",
+        160: "pocket_siglip",
+    }
+    assert [kept[size].is_best for size in (128, 160)] == [False, True]
+    assert kept[128].retention.share == pytest.approx(0.24 / 0.4)
+    assert kept[160].retention.share == pytest.approx(0.24 / 0.6)
+    assert kept[160].student.tag == ""
+
+
+def test_verdicts_are_computed_from_the_figures(out: Path) -> None:
+    found = verdicts(read_stored(out), "pocket")
+    assert of(found, "pocket_clip: zero-shot, 80").holds is True
+    assert of(found, "pocket_clip: zero-shot, 20").holds is None
+    assert of(found, "pocket_clip: Flickr8k recall@5, image to text").holds is True
+    assert of(found, "pocket_clip: Flickr8k recall@5, text to image").holds is False
+    assert of(found, "if from scratch").holds is True  # 3 times pixels
+    assert of(found, "if from the trunk").holds is False
+    point = of(found, "pocket_sam: masks by point, coco")
+    assert point.holds is True and "+0.200 [0.200, 0.200]" in point.found
+    assert of(found, "keeps of kNN").holds is False and "0.400" in of(found, "keeps of kNN").found
+    assert of(found, "keeps of masks by point, coco").holds is False  # 0.5 of 0.7
+    assert of(found, "below ours: kNN").holds is True
+    assert of(found, "mode switch of the student: sam").holds is False  # max e below 0.1
+    assert of(found, "keeps of segmentation, CamVid").found == "not measured"
+
+
+def test_a_lead_whose_interval_holds_0_does_not_count(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for subject, size, shift in (("constant", None, 0.0), ("pocket_sam", 256, 0.2)):
+        noisy = np.stack([rng.normal(0.5, 2, 30) + shift, np.ones(30)], axis=1)
+        store(tmp_path, subject, "masks-point-coco", 0.5 + shift, size, samples=noisy)
+    stored = read_stored(tmp_path)
+    first, second = (stored.one("masks-point-coco", s) for s in ("pocket_sam", "constant"))
+    assert first is not None and second is not None
+    gain, interval = difference(first, second)
+    assert gain == pytest.approx(0.2) and interval is not None and interval[0] < 0 < interval[1]
+    assert of(verdicts(stored, "pocket"), "pocket_sam: masks by point, coco").holds is False
+
+
+def test_the_page_shows_what_there_is_and_names_what_is_not(out: Path, tmp_path: Path) -> None:
+    (tmp_path / "docs").mkdir()
+    words = ["--out", str(out), "--page", str(tmp_path / "docs" / "results.md"), "--page-only"]
+    main(words)
+    text = (tmp_path / "docs" / "results.md").read_text()
+    assert f"({os.path.relpath(out, tmp_path / 'docs')})" in text
+    lines = text.splitlines()
+    (knn,) = (line for line in lines if line.startswith("| kNN, 100 classes | 160 | 0.100 ["))
+    cells = [cell.strip() for cell in knn.strip("|").split("|")]
+    assert cells[3] == "–" and cells[4].startswith("0.700 [0.6")
+    assert cells[7].startswith("0.340 [") and "<br>siglip 0.400 [" in cells[7]
+    assert cells[8].startswith("0.120 [")
+    assert "**0.40 [" in next(line for line in lines if "pocket_siglip 0.700" in line)
+    assert any(line.startswith("| step-000010 | 1,234 | 0.200, kept 0.25") for line in lines)
+    assert "- `student/camvid_128`: no such map" in lines
+    assert "lines hold" in text and "| **no** |" in text and "abc123" in text
+    widths: set[int] = set()
+    for line in [*lines, ""]:  # a table's lines have as many cells as its head
+        widths = widths | {line.count("|")} if line.startswith("|") else set()
+        assert len(widths) < 2, line
+
+
+def test_an_empty_folder_makes_a_page_that_says_so(tmp_path: Path) -> None:
+    text = page(Stored([], {}, {}), "pocket", "out", "../out")
+    for subject in ("pixels", "pocket_clip", "pocket_sam", "student"):
+        assert f"- `{subject}`: not yet" in text
+    assert "0 of " in text
+
+
+def test_results_of_two_sets_of_weights_are_refused(out: Path, tmp_path: Path) -> None:
+    mixed = shutil.copytree(out, tmp_path / "mixed")
+    store(mixed, "student", "rank", 9.0, 128, fingerprint="another")
+    with pytest.raises(RadioError, match=r"'student' .*different weights.*delete"):
+        read_stored(mixed)
+
+
+def test_unknown_subjects_and_runs_without_checkpoints_are_named(tmp_path: Path) -> None:
+    folder = tmp_path / TINY
+    folder.mkdir()
+    write_folder(folder, train=3, val=3)
+    words = ["--data", str(tmp_path), "--out", str(tmp_path / "out")]
+    with pytest.raises(RadioError, match=r"unknown subject 'luck'; known: pixels, constant, poc"):
+        main([*words, "luck"])
+    with pytest.raises(RadioError, match=r"no checkpoints/step-\*"):
+        main([*words, "--curve", str(tmp_path)])

@@ -1,0 +1,113 @@
+"""Encoders that come with the package: found by looking, loaded by name, kept in half precision."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from picture_zoo import colours
+from safetensors.torch import load_file, save_file
+from small_encoder import photographs, write_small
+
+import radio
+from radio.cli import main
+from radio.encoder import shipped as shipped_module
+from radio.encoder.shipped import DEFAULT, HERE, default, shipped
+from radio.errors import RadioError
+from radio.evaluation.targets import resolve
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder that is looked into instead of the package's own."""
+    folder = tmp_path / "package"
+    folder.mkdir()
+    monkeypatch.setattr(shipped_module, "HERE", folder)
+    monkeypatch.chdir(tmp_path)
+    return folder
+
+
+def halved(folder: Path) -> None:
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        save_file({k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}, path)
+
+
+def test_what_ships_is_an_encoder_of_at_most_15_mb() -> None:
+    for name, folder in shipped().items():
+        assert folder == HERE / name
+        assert sum(file.stat().st_size for file in folder.iterdir()) <= 15e6
+        assert radio.load(name).feature_names
+
+
+def test_names_are_found_by_looking(place: Path) -> None:
+    assert shipped() == {}
+    for name in ("pocket", "other"):
+        write_small(place / name)
+    (place / "__pycache__").mkdir()
+    assert shipped() == {"other": place / "other", "pocket": place / "pocket"}
+
+
+def test_a_name_loads_what_its_folder_loads(place: Path, tmp_path: Path) -> None:
+    folder = write_small(place / "mine")
+    expected = radio.load(folder).fingerprint
+    assert radio.load("mine").fingerprint == radio.load(Path("mine")).fingerprint == expected
+    target = resolve("mine")
+    assert (target.name, target.fingerprint) == ("mine", expected)
+    nearer = write_small(tmp_path / "mine", summary_rows=(1,))
+    assert radio.load("mine").fingerprint == radio.load(nearer).fingerprint != expected
+
+
+def test_an_unknown_name_lists_those_that_ship(place: Path) -> None:
+    with pytest.raises(RadioError, match=r"mine does not exist.*none does here"):
+        radio.load("mine")
+    write_small(place / "ours")
+    with pytest.raises(RadioError, match=r"mine does not exist; expected.*\.pth\.tar.*\(ours\)"):
+        radio.load("mine")
+    with pytest.raises(RadioError, match=r"unknown target 'mine'.*encoder that ships \(ours\)"):
+        resolve("mine")
+
+
+def test_half_precision_on_disk_is_float32_in_memory(tmp_path: Path) -> None:
+    whole = radio.load(write_small(tmp_path / "whole"))
+    halved(write_small(tmp_path / "half"))
+    encoder = radio.load(tmp_path / "half")
+    assert {value.dtype for value in encoder.state_dict().values()} == {torch.float32}
+    images = photographs(2)
+    found = encoder.encode(images, encoder.feature_names)
+    for name, value in whole.encode(images, encoder.feature_names).items():
+        assert found[name].dtype == torch.float32
+        error = (found[name] - value).square().mean().sqrt() / value.square().mean().sqrt()
+        assert 0 < error < 5e-3, name
+    low = radio.load(tmp_path / "half", dtype=torch.bfloat16)
+    assert low.encode(images, "words:summary")["words:summary"].dtype == torch.bfloat16
+    fused = radio.fuse(tmp_path / "half", tmp_path / "again")
+    assert radio.load(fused).fingerprint == encoder.fingerprint
+
+
+def test_encode_takes_the_shipped_encoder_when_none_is_named(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("photos").mkdir()
+    colours(64, 64).save("photos/a.png")
+    monkeypatch.setattr(sys, "argv", ["radio", "encode", "photos", "-o", "features"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"'{DEFAULT}' does not ship" in said and "--model" in said
+    write_small(place / "other")
+    with pytest.raises(RadioError, match=r"\(other\).*--model"):
+        default()
+    assert write_small(place / DEFAULT) == default()
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert not stopped.value.code
+    assert "1 pictures encoded, 0 failed" in capsys.readouterr().out
