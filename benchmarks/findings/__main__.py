@@ -1,0 +1,80 @@
+"""Measure the findings of RADIOv2.5 and PHI-S again, and write docs/findings.md.
+
+    python -m benchmarks.findings [NAME ...] [--data sets] [--seeds 3] [--steps N]
+
+A run that was killed goes on, and what has been measured of the same configuration is kept: JSON in
+benchmarks/results/findings/NAME/ARM-SEED.json. Runs, kept targets and pictures lie in --work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from benchmarks.findings.catalogue import FINDINGS, chosen
+from benchmarks.findings.declare import Finding
+from benchmarks.findings.material import put_together
+from benchmarks.findings.records import take
+from benchmarks.findings.report import write_report
+from benchmarks.findings.trained import POCKET, Workshop
+from radio.errors import RadioError
+
+ROOT = Path(__file__).parents[2]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        findings = chosen(options.names)
+        if not options.report_only:
+            _measure_all(findings, options)
+        page = write_report(FINDINGS, options.out, options.page)
+    except RadioError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    print(page)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.findings", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(FINDINGS)}")
+    parser.add_argument("--data", type=Path, default=Path("sets"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, help="of a run; those of the experiment if not given")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "findings")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "findings.md")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "findings")
+    parser.add_argument("--teachers", default=POCKET, help="pocket or demo")
+    parser.add_argument("--report-only", action="store_true", help="measure nothing")
+    return parser
+
+
+def _measure_all(findings: Mapping[str, Finding], options: argparse.Namespace) -> None:
+    """Measure seed by seed, so that an early end leaves whole seeds."""
+    os.environ.setdefault("RADIO_CACHE", str(options.work / "features"))
+    material = put_together(options.data, options.work / "material")
+    workshop = Workshop(options.work, material, options.teachers, options.steps)
+    for seed in range(options.seeds):
+        for name, finding in findings.items():
+            for arm in range(len(finding.arms)):
+                started = time.perf_counter()
+                if take(name, finding, workshop, seed, arm, options.out):
+                    seconds = time.perf_counter() - started
+                    shown = f"{name}, {finding.arms[arm].name}, seed {seed}: {seconds:.0f} s"
+                    print(shown, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
