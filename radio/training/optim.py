@@ -41,7 +41,7 @@ def build_optimizer(student: nn.Module, config: OptimizerConfig) -> torch.optim.
     Recipe: Muon at the length of an AdamW step; ours; optimizer.name=muon, optimizer.weight_decay;
     tests/test_recipe.py::test_the_recipes_optimizers_take_their_oracles_step.
     """
-    from timm.optim import create_optimizer_v2, list_optimizers, muon  # slow import
+    from timm.optim import create_optimizer_v2, list_optimizers  # slow import
 
     named = [(name, p) for name, p in student.named_parameters() if p.requires_grad]
     plain = [p for name, p in named if p.ndim < 2 or name.endswith(NO_DECAY)]
@@ -50,15 +50,17 @@ def build_optimizer(student: nn.Module, config: OptimizerConfig) -> torch.optim.
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": plain, "weight_decay": 0.0},
     ]
-    if config.name.endswith("muon"):
-        groups[1]["use_fallback"] = True  # AdamW: tables are matrices to timm, but not to Muon
-        # timm orthogonalises in bfloat16, whatever the weights are: inexact, and on a CPU without
-        # such instructions a hundred times slower.
-        muon.zeropower_via_newtonschulz = newton_schulz()
     if config.name not in list_optimizers():
         raise RadioError(
             f"optimizer.name is '{config.name}'; known: {', '.join(map(str, list_optimizers()))}"
         )
+    if config.name.endswith("muon"):
+        from timm.optim import muon  # not in every timm
+
+        groups[1]["use_fallback"] = True  # AdamW: tables are matrices to timm, but not to Muon
+        # timm orthogonalises in bfloat16, whatever the weights are: inexact, and on a CPU without
+        # such instructions a hundred times slower.
+        muon.zeropower_via_newtonschulz = newton_schulz()
     optimizer: torch.optim.Optimizer = create_optimizer_v2(groups, opt=config.name, lr=config.lr)
     return optimizer
 

@@ -114,6 +114,6 @@ def card(recipe: Making, state: Mapping[str, Tensor], size: int) -> str:
 |---|---|
 {settings}
 
-What it can do is measured by `radio evaluate pocket_{recipe.name} --task TASK --data DIR`; the
-figures are in docs/results.md.
+What it can do is measured by `radio evaluate pocket_{recipe.name} --task TASK --data DIR`;
+`make results` measures all of it.
 """
