@@ -28,8 +28,8 @@ def machine() -> dict[str, Any]:
     }
 
 
-def write(name: str, figures: dict[str, Any]) -> Path:
-    """Write benchmarks/results/<name>.json and print it."""
+def circumstances() -> dict[str, Any]:
+    """Return commit, machine and versions."""
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--exclude=*"],
         capture_output=True,
@@ -38,7 +38,12 @@ def write(name: str, figures: dict[str, Any]) -> Path:
         check=False,
     ).stdout.strip()
     versions = {package: importlib.metadata.version(package) for package in PACKAGES}
-    result = {"commit": commit, "machine": machine(), "versions": versions, **figures}
+    return {"commit": commit, "machine": machine(), "versions": versions}
+
+
+def write(name: str, figures: dict[str, Any]) -> Path:
+    """Write benchmarks/results/<name>.json and print it."""
+    result = {**circumstances(), **figures}
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     text = json.dumps(result, indent=2) + "\n"

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import subprocess
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +12,7 @@ from typing import Any
 from benchmarks.findings.declare import Finding, Measured
 from benchmarks.findings.samples import Samples
 from benchmarks.findings.trained import Trained, Workshop, identity, trained
-from benchmarks.record import PACKAGES, machine
+from benchmarks.record import circumstances
 from radio.errors import RadioError
 from radio.files import write_whole
 
@@ -58,9 +56,7 @@ def take(name: str, finding: Finding, workshop: Workshop, seed: int, arm: int, o
         "arm": chosen.name,
         "seed": seed,
         "identity": wanted,
-        "commit": commit(),
-        "machine": machine(),
-        "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
+        **circumstances(),
         **facts_of(run),
         "seconds": {"train": training_seconds(run), "measure": time.perf_counter() - started},
     }
@@ -141,15 +137,3 @@ def _each(record: Record, key: str) -> list[str]:
     if isinstance(said, Mapping):
         return [f"{name} of seed {record.seed}: {value[:12]}" for name, value in said.items()]
     return [f"{key}: {said}"]
-
-
-def commit() -> str:
-    """Return the commit that is checked out, with -dirty where files differ from it."""
-    found = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude=*"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-        check=False,
-    )
-    return found.stdout.strip()

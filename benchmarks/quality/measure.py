@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
-import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.quality.jobs import CONSTANT, Job, Setting, Subject
 from benchmarks.quality.store import COST, MISSING, key_of, write_record
-from benchmarks.record import machine
+from benchmarks.record import circumstances
 from radio.config import from_yaml
 from radio.errors import RadioError
 from radio.evaluation.evaluate import measure
@@ -34,7 +32,6 @@ from radio.files import write_whole
 
 VERSION = 1  # raise it when the same weights, pictures and settings give other figures
 CONSTANT_PRINT = hashlib.sha256(CONSTANT.encode()).hexdigest()
-PACKAGES = ("torch", "timm", "open_clip_torch", "transformers", "numpy", "pillow")
 
 
 class Measurer:
@@ -203,19 +200,6 @@ def views_seen(checkpoint: Path) -> int:
         views += steps * sum(partition.batch for partition in stage.partitions.values())
         left -= steps
     return views
-
-
-def circumstances() -> Mapping[str, Any]:
-    """Return commit, machine and versions, for JSON."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude=*"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-        check=False,
-    ).stdout.strip()
-    versions = {package: importlib.metadata.version(package) for package in PACKAGES}
-    return {"commit": commit, "machine": machine(), "versions": versions}
 
 
 def _hashed(value: Any) -> str:

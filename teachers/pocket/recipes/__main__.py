@@ -107,12 +107,10 @@ def train_clip(name: str, data: Path, work: Path, seed: int) -> None:
         shutil.copy(tokens / file, folder / file)
 
 
-def trunk_vit(data: Path, work: Path, seed: int) -> tuple[vit.State, list[dict[str, float]]]:
+def trunk_vit(views: Views, work: Path, seed: int) -> tuple[vit.State, list[dict[str, float]]]:
     """Return a ViT that has learnt the trunk's dense features, made once, and its curve."""
     model = vit.build_vit()
-    curve = vit.distil_trunk(
-        model, trunk_views(data, work), work / "vit.pt", size=96, steps=VIT_STEPS, seed=seed
-    )
+    curve = vit.distil_trunk(model, views, work / "vit.pt", size=96, steps=VIT_STEPS, seed=seed)
     return dict(model.state_dict()), curve
 
 
@@ -134,11 +132,13 @@ def train_dinov2(data: Path, work: Path, seed: int) -> None:
         seed,
         work,
     )
+    with recipe.part("views of 128 px"):
+        views = trunk_views(data, work)
     with recipe.part("trunk"):
-        start, recipe.curves["trunk"] = trunk_vit(data, work, seed)
+        start, recipe.curves["trunk"] = trunk_vit(views, work, seed)
     with recipe.part("dinov2 itself"):
         state, recipe.curves["itself"] = dinov2.self_distil(
-            trunk_views(data, work)["crops"].flatten(0, 1),
+            views["crops"].flatten(0, 1),
             start,
             work / "dinov2.pt",
             steps=DINO_STEPS,
@@ -164,8 +164,10 @@ def train_sam(data: Path, work: Path, seed: int) -> None:
         seed,
         work,
     )
+    with recipe.part("views of 128 px"):
+        views = trunk_views(data, work)
     with recipe.part("trunk"):
-        start, recipe.curves["trunk"] = trunk_vit(data, work, seed)
+        start, recipe.curves["trunk"] = trunk_vit(views, work, seed)
     with recipe.part("sam masks"):
         torch.manual_seed(seed)
         model = sam.build_sam()
