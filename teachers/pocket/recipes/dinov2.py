@@ -2,8 +2,7 @@
 
 Image self-distillation (DINO), masked patches (iBOT) and KoLeo, with the losses of lightly; the
 teacher is a moving average of the student. It needs no labels and no captions. With `start` the
-backbone begins as a ViT that has learnt the trunk's dense features, and a pull towards where it
-began keeps what it knows; without, from scratch.
+backbone begins as a ViT that has learnt the trunk's dense features; without, from scratch.
 """
 
 from __future__ import annotations
@@ -30,6 +29,7 @@ GLOBAL, LOCAL = 96, 48  # px
 BATCH = 32
 SPREAD = 0.1  # KoLeo's weight
 LR = {"scratch": 1e-3, "trunk": 3e-4}
+WARMUP = {"scratch": 50, "trunk": 200}  # of the backbone: new heads must not spoil what it knows
 MOMENTUM = 0.994  # of the teacher at the start; it rises to 1
 MASKED = (0.1, 0.5)  # share of patches that are hidden, in half of the pictures
 
@@ -167,16 +167,23 @@ def self_distil(
     generator = torch.Generator().manual_seed(seed)
     student, losses = Network(start), Losses()
     teacher = copy.deepcopy(student).requires_grad_(False)
-    rate = LR["scratch" if start is None else "trunk"]
+    begun = "scratch" if start is None else "trunk"
     weights = [weight for weight in student.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=0.04, fused=True)
+    backbone = list(student.vit.parameters())
+    known = {id(weight) for weight in backbone}
+    heads = [weight for weight in weights if id(weight) not in known]
+    groups = [
+        {"params": backbone, "warmup": WARMUP[begun]},
+        {"params": heads, "warmup": WARMUP["scratch"]},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=LR[begun], weight_decay=0.04, fused=True)
     parts = {"student": student, "teacher": teacher, "losses": losses, "optimizer": optimizer}
     saved = Checkpoint(path, parts, generator)
     crops = Crops()
     while saved.step < steps:
         share = saved.step / steps
         for group in optimizer.param_groups:
-            group["lr"] = rate * schedule(saved.step, steps)
+            group["lr"] = LR[begun] * schedule(saved.step, steps, group["warmup"])
         torch.manual_seed(seed * steps + saved.step)
         shown = crops(images[torch.randint(len(images), (BATCH,), generator=generator)])
         mask = draw_masks(2 * BATCH, GLOBAL // PATCH, generator)

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
+from scipy.ndimage import distance_transform_edt
 from segment_anything.modeling import (
     ImageEncoderViT,
     MaskDecoder,
@@ -226,7 +227,11 @@ class Asked:
 
 
 def ask(canvas: Labelled, generator: np.random.Generator) -> Asked | None:
-    """Draw the masks to ask for: a random point inside each and its box, moved a little."""
+    """Draw the masks to ask for: a point inside each, and its box, moved a little.
+
+    Half of the points are any of the mask's, half the one farthest from its border, which is where
+    people click and what task `masks` asks for.
+    """
     found = []
     for labels in canvas.maps:
         numbers, counts = labels.unique(return_counts=True)
@@ -239,7 +244,11 @@ def ask(canvas: Labelled, generator: np.random.Generator) -> Asked | None:
     points, boxes = [], []
     for mask in masks:
         rows, columns = mask.nonzero(as_tuple=True)
-        at = int(generator.integers(len(rows)))
+        if generator.random() < 0.5:
+            at = int(generator.integers(len(rows)))
+        else:
+            away = distance_transform_edt(np.pad(mask.numpy(), 1))[1:-1, 1:-1]
+            at = int(away[rows, columns].argmax())
         points.append([float(columns[at]) + 0.5, float(rows[at]) + 0.5])
         box = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1], dtype=float)
         sides = np.array([box[2] - box[0], box[3] - box[1]] * 2)

@@ -18,6 +18,8 @@ from jaxtyping import Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from teachers.pocket.recipes.checkpoint import Checkpoint
+
 VOCAB = 4096
 CONTEXT = 20
 PAD, UNKNOWN, CLS = "[PAD]", "[UNK]", "[CLS]"
@@ -107,6 +109,8 @@ def distil_text(
     tokenizer: Any,
     texts: Sequence[str],
     vectors: Float[Tensor, "texts dim"],
+    path: Path,
+    *,
     names: int,
     steps: int,
     seed: int,
@@ -123,10 +127,10 @@ def distil_text(
     head = nn.Linear(dim, vectors.shape[1])
     weights = [*tower.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(weights, lr=LR, weight_decay=0.01, betas=(0.9, 0.98), fused=True)
-    curve = []
-    for step in range(steps):
+    saved = Checkpoint(path, {"tower": tower, "head": head, "optimizer": optimizer}, generator)
+    while saved.step < steps:
         for group in optimizer.param_groups:
-            group["lr"] = LR * schedule(step, steps)
+            group["lr"] = LR * schedule(saved.step, steps)
         rows = torch.randint(len(texts), (BATCH,), generator=generator)
         drawn = torch.randint(len(TEMPLATES), (BATCH,), generator=generator)
         said = [
@@ -141,9 +145,10 @@ def distil_text(
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        if step % 100 == 0 or step == steps - 1:
-            curve.append({"step": step, "cosine": 1 - float(away), "alike": float(alike)})
-    return curve
+        if saved.step % 100 == 0:
+            saved.told(cosine=1 - float(away), alike=float(alike))
+        saved.done(saved.step == steps - 1)
+    return saved.curve
 
 
 def schedule(step: int, steps: int, warmup: int = 50) -> float:
