@@ -16,27 +16,27 @@ from picture_zoo import saved
 from PIL import Image
 from tiny import tiny_config
 
-from benchmarks.findings import catalogue, intervals, layers, token_merging
-from benchmarks.findings.compare import compare, metrics_of, ranks
-from benchmarks.findings.declare import (
-    HIGHER,
-    LOWER,
-    Arm,
-    Comparison,
-    Figure,
-    Finding,
-    Measured,
-    Side,
-    Table,
+from benchmarks.findings import layers, token_merging
+from benchmarks.findings.__main__ import FINDINGS, main
+from benchmarks.findings.compare import (
+    AGREES,
+    DISAGREES,
+    NOT_RESOLVED,
+    compare,
+    metrics_of,
+    over_pictures,
+    over_seeds,
+    ranks,
+    verdict,
 )
-from benchmarks.findings.deviations import REAL
-from benchmarks.findings.intervals import AGREES, DISAGREES, NOT_RESOLVED, verdict
-from benchmarks.findings.material import TRAIN, put_together
+from benchmarks.findings.declare import HIGHER, LOWER, Arm, Comparison, Finding, Side
+from benchmarks.findings.material import SHARES, put_together
+from benchmarks.findings.measures import STATISTICS, Samples
 from benchmarks.findings.records import Record, as_text, path_of, read, take
 from benchmarks.findings.report import write_report
-from benchmarks.findings.samples import STATISTICS, Samples
 from benchmarks.findings.shared_stream import SharedStream
-from benchmarks.findings.trained import Workshop
+from benchmarks.findings.standardizers import REAL
+from benchmarks.findings.trained import Workshop, identity
 from radio.data.configured import training_plan
 from radio.errors import RadioError
 from radio.evaluation import segmentation
@@ -45,16 +45,16 @@ from radio.targets.fit import fit, read_fitted
 from radio.targets.stream import LocalStream
 from radio.targets.target_maker import Request
 
-ARMS = [(name, arm) for name, finding in catalogue.FINDINGS.items() for arm in finding.arms]
+ARMS = [(name, arm) for name, finding in FINDINGS.items() for arm in finding.arms]
 
 
-@pytest.mark.parametrize("name", catalogue.FINDINGS)
+@pytest.mark.parametrize("name", FINDINGS)
 def test_every_finding_declares_what_is_needed(name: str) -> None:
-    finding = catalogue.FINDINGS[name]
+    finding = FINDINGS[name]
     arms = [arm.name for arm in finding.arms]
     assert len(set(arms)) == len(arms) > 0
     assert finding.title and finding.claim and finding.how and finding.measure
-    assert finding.tables and finding.figure.patterns and finding.figure.kind in ("bars", "lines")
+    assert finding.tables and finding.label and bool(finding.bars) != bool(finding.lines)
     assert finding.comparisons
     for each in finding.comparisons:
         assert each.first.arm in arms and each.second.arm in arms
@@ -63,10 +63,12 @@ def test_every_finding_declares_what_is_needed(name: str) -> None:
     assert any(each.paper for each in finding.comparisons)
 
 
-def test_the_claims_are_eight_findings_and_a_second_look_at_the_scales() -> None:
-    assert len(catalogue.FINDINGS) == 9
-    with pytest.raises(RadioError, match="known: tiling, mode_switch"):
-        catalogue.chosen(["tilings"])
+def test_the_claims_are_eight_findings_and_a_second_look_at_the_scales(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert len(FINDINGS) == 9
+    assert main(["tilings"]) == 2
+    assert "known: tiling, mode_switch" in capsys.readouterr().err
 
 
 def halves(side: int) -> Image.Image:
@@ -81,7 +83,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     """A workshop of a few noisy pictures in every set, and the demo's teachers."""
     root = tmp_path_factory.mktemp("findings")
     rng = np.random.default_rng(0)
-    for name in TRAIN:
+    for name in SHARES:
         folder = root / "data" / name
         folder.mkdir(parents=True)
         for split, count in (("train", 24), ("val", 3)):
@@ -102,15 +104,16 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
 
 def test_material_is_put_together_once(workshop: Workshop) -> None:
     material = workshop.material
-    assert len(material.pictures.split("train")) == 24 * len(TRAIN)
+    assert len(material.pictures.split("train")) == 24 * len(SHARES)
     keys = material.pictures.split("val").keys
-    assert len(keys) == 3 * len(TRAIN) and keys[0] == "tiny-imagenet-100/000000"
+    assert len(keys) == 3 * len(SHARES) and keys[0] == "tiny-imagenet-100/000000"
     assert material.classes.split("train").labels().tolist()[:3] == [3, 5, 8]
-    before = sorted(material.pictures_folder.iterdir())
-    again = put_together(material.streets_folder.parent, material.pictures_folder.parent)
-    assert again == material and sorted(material.pictures_folder.iterdir()) == before
+    folder = material.pictures.folder
+    before = sorted(folder.iterdir())
+    again = put_together(material.streets.folder.parent, folder.parent)
+    assert again.train == material.train and sorted(folder.iterdir()) == before
     with pytest.raises(RadioError, match="--data"):
-        put_together(material.pictures_folder, material.pictures_folder.parent / "other")
+        put_together(folder, folder.parent / "other")
 
 
 def test_arms_resolve_and_those_that_say_the_same_share_a_run(workshop: Workshop) -> None:
@@ -131,40 +134,49 @@ def test_arms_resolve_and_those_that_say_the_same_share_a_run(workshop: Workshop
         ("layers", "student"),
     }
     assert len(set(outs.values())) == len(outs) - len(shared) + 1
-    scaled = catalogue.FINDINGS["deviations"].arms[3]
+    scaled = FINDINGS["deviations"].arms[3]
     assert workshop.config(scaled, 1).out not in outs.values(), "scaled teachers are others"
-    config = config_of(catalogue.FINDINGS["leave_one_out"].arms[4].overrides)
+    config = config_of(FINDINGS["leave_one_out"].arms[4].overrides)
     assert "sam" not in config.teachers and config.seed == 1 and config.stages[0].steps == 2
     counts = [
         sum(part.batch for part in config_of(arm.overrides).stages[0].partitions.values())
-        for arm in catalogue.FINDINGS["partitions"].arms
+        for arm in FINDINGS["partitions"].arms
     ]
     assert set(counts) == {16}
 
 
-@pytest.mark.parametrize("freedom", [1, 2, 3, 4, 9, 30])
-def test_the_t_quantile_is_scipys(freedom: int) -> None:
-    assert intervals.t_quantile(freedom) == pytest.approx(scipy.stats.t.ppf(0.975, freedom))
+def test_a_run_of_teachers_with_other_weights_is_another(
+    workshop: Workshop, tmp_path: Path
+) -> None:
+    config = workshop.config(Arm("any"), 0)
+    weights = tmp_path / "clip.safetensors"
+    found = set()
+    for content in (b"old", b"new"):
+        weights.write_bytes(content)
+        config.teachers["clip"].pretrained = str(weights)
+        found.add(identity(config, Arm("any")))
+    assert len(found) == 2
 
 
 def test_the_interval_over_seeds_is_scipys_paired_t() -> None:
     a, b = np.array([0.31, 0.42, 0.40]), np.array([0.28, 0.41, 0.33])
     theirs = scipy.stats.ttest_rel(a, b).confidence_interval(0.95)
-    assert intervals.over_seeds(list(a - b)) == pytest.approx((theirs.low, theirs.high))
-    assert intervals.over_seeds([0.3]) is None
-    assert intervals.over_seeds([0.5, 0.5]) == (0.5, 0.5)
+    assert over_seeds(list(a - b)) == pytest.approx((theirs.low, theirs.high))
+    assert over_seeds([0.3]) is None
+    assert over_seeds([0.5, 0.5]) == (0.5, 0.5)
 
 
 def test_the_interval_over_pictures_is_the_paired_bootstrap_for_one_seed() -> None:
     rng = np.random.default_rng(0)
     a, b = rng.random((40, 2)) + 0.5, rng.random((40, 2)) + 0.4
     for name in ("fidelity", "explained"):
-        ours = intervals.over_pictures([Samples(a, name)], [Samples(b, name)])
+        ours = over_pictures([Samples(a, name)], [Samples(b, name)])
         assert ours == pytest.approx(paired_bootstrap(a, b, STATISTICS[name]))
-    several = intervals.over_pictures([Samples(a[:, 0])] * 3, [Samples(b[:, 0])] * 3)
+    several = over_pictures([Samples(a[:, 0])] * 3, [Samples(b[:, 0])] * 3)
     assert several == pytest.approx(paired_bootstrap(a[:, 0], b[:, 0]))
     with pytest.raises(RadioError, match="the same ones"):
-        intervals.over_pictures([Samples(a)], [Samples(b[:-1])])
+        over_pictures([Samples(a)], [Samples(b[:-1])])
+    assert over_pictures([Samples(a), None], [Samples(b), Samples(b)]) is None
 
 
 @pytest.mark.parametrize(
@@ -241,12 +253,13 @@ def toy(patterns: tuple[str, ...] = ("good", "cost")) -> Finding:
         "A toy: b, or a?",
         "a is better.",
         "Made up.",
-        (Arm("a"), Arm("b"), Arm("c")),
-        lambda _: Measured(),
+        lambda _: {},
         comparisons,
-        (Table("all", patterns),),
-        Figure("bars", "good", ("good",)),
-        ("good",),
+        {"all": patterns},
+        "good",
+        bars=("good",),
+        arms=(Arm("a"), Arm("b"), Arm("c")),
+        ranked=("good",),
     )
 
 
@@ -262,18 +275,19 @@ def write_records(out: Path, name: str = "toy") -> None:
             said |= {"family": {"clip": "f" * 64}, "seconds": {"train": 3.2}}
             path = path_of(out, name, arm, seed)
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(as_text(said, Measured({"cost": cost}, {"good": Samples(rows)})))
+            path.write_text(as_text(said, {"cost": cost, "good": Samples(rows)}))
 
 
 def test_the_page_says_what_the_records_do(tmp_path: Path) -> None:
     write_records(tmp_path / "out")
     (tmp_path / "docs").mkdir()
-    page = write_report({"toy": toy()}, tmp_path / "out", tmp_path / "docs" / "page.md")
+    page = tmp_path / "docs" / "page.md"
+    write_report({"toy": toy()}, tmp_path / "out", page)
     text = page.read_text()
     lines = {line.split(" | ")[1]: line for line in text.splitlines() if line.startswith("| a: g")}
     assert AGREES in lines["b: good"] and NOT_RESOLVED in lines["c: good"]
     cost = next(line for line in text.splitlines() if line.startswith("| a: cost"))
-    assert DISAGREES in cost and "-1.000 | -1.000 to -1.000 | - |" in cost
+    assert DISAGREES in cost and "-1.000 | [-1.000, -1.000] | – |" in cost
     assert "disagrees in: a: cost is below b: cost" in text
     assert "1 agrees, 1 disagrees, 1 not resolved" in text
     assert "never" not in text.replace(" is never", "")
@@ -293,8 +307,7 @@ def test_one_seed_resolves_nothing_and_a_finding_without_records_is_left_out(
     finding = toy()
     records = read(tmp_path, "toy", finding)
     assert [record.arm for record in records] == ["a", "b", "c"]
-    arms = {record.arm: {record.seed: record} for record in records}
-    found = compare(finding.comparisons[0], arms)
+    found = compare(finding.comparisons[0], records)
     assert found is not None and found.verdict == NOT_RESOLVED and found.seeds is None
     with pytest.raises(RadioError, match="no records"):
         write_report({"other": finding}, tmp_path, tmp_path / "page.md")
@@ -324,7 +337,7 @@ SMALL = ("stages.0.partitions.low.batch=4", "stages.0.partitions.high.batch=1")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", catalogue.FINDINGS)
+@pytest.mark.parametrize("name", FINDINGS)
 def test_an_arm_of_every_finding_is_measured(
     name: str, workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -332,22 +345,22 @@ def test_an_arm_of_every_finding_is_measured(
     monkeypatch.setattr(segmentation, "STEPS", 5)
     monkeypatch.setattr(layers, "STEPS", 5)
     quick = replace(workshop, overrides=(*workshop.overrides, *SMALL))
-    finding = catalogue.FINDINGS[name]
-    arm = finding.arms[0].name
-    assert take(name, finding, quick, 0, 0, tmp_path)
+    finding = FINDINGS[name]
+    arm = finding.arms[0]
+    assert take(name, finding, quick, 0, arm, tmp_path)
     (record,) = read(tmp_path, name, finding)
     wanted = {
         side.metric
         for each in finding.comparisons
         for side in (each.first, each.second)
-        if side.arm == arm
+        if side.arm == arm.name
     }
     assert wanted and wanted <= set(record.scores)
-    patterns = [*finding.figure.patterns, *(p for t in finding.tables for p in t.patterns)]
+    patterns = [*finding.bars, *finding.lines, *(p for t in finding.tables.values() for p in t)]
     assert all(metrics_of([pattern], [record]) for pattern in patterns)
     (tmp_path / "docs").mkdir()
-    page = write_report({name: finding}, tmp_path, tmp_path / "docs" / "page.md")
-    assert finding.title in page.read_text()
+    write_report({name: finding}, tmp_path, tmp_path / "docs" / "page.md")
+    assert finding.title in (tmp_path / "docs" / "page.md").read_text()
 
 
 @pytest.mark.slow
@@ -356,9 +369,9 @@ def test_an_arm_is_trained_measured_and_kept(
 ) -> None:
     monkeypatch.setenv("RADIO_CACHE", str(tmp_path / "features"))
     quick = replace(workshop, overrides=(*workshop.overrides, *SMALL))
-    finding = catalogue.FINDINGS["deviations"]
-    at = [arm.name for arm in finding.arms].index("phi_s")
-    assert take("deviations", finding, quick, 0, at, tmp_path)
+    finding = FINDINGS["deviations"]
+    (arm,) = (arm for arm in finding.arms if arm.name == "phi_s")
+    assert take("deviations", finding, quick, 0, arm, tmp_path)
     (record,) = read(tmp_path, "deviations", finding)
     assert record.said["steps"] == 2 and record.said["images"] == 10
     for name, deviation in REAL.items():
@@ -366,6 +379,6 @@ def test_an_arm_is_trained_measured_and_kept(
         for size in (128, 256):
             assert 0 < record.scores[f"fidelity/{name}@{size}"] < 2
     assert 0 <= record.scores["knn"] <= 1 and len(record.samples["knn"].rows) == 3
-    assert not take("deviations", finding, quick, 0, at, tmp_path), "it is there already"
+    assert not take("deviations", finding, quick, 0, arm, tmp_path), "it is there already"
     said = json.loads(path_of(tmp_path, "deviations", "phi_s", 0).read_text())
     assert {"commit", "machine", "versions", "overrides", "seconds", "scores"} <= set(said)

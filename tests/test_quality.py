@@ -23,9 +23,7 @@ from benchmarks.quality.__main__ import main
 from benchmarks.quality.compare import (
     Side,
     chance_of,
-    counts_of,
     difference,
-    iou_of_counts,
     kept_of,
     retention,
     statistic_of,
@@ -42,7 +40,7 @@ from benchmarks.quality.jobs import (
     subjects_of,
     teachers_called,
 )
-from benchmarks.quality.measure import Measurer, cost_of, views_seen
+from benchmarks.quality.measure import Measurer, cost_of, decoder_print, views_seen
 from benchmarks.quality.page import page
 from benchmarks.quality.store import Stored, read_stored, write_record
 from benchmarks.quality.verdicts import Verdict, verdicts
@@ -51,8 +49,7 @@ from radio.config import to_yaml
 from radio.errors import RadioError
 from radio.evaluation import command as command_module
 from radio.evaluation.result import Options, Result, bootstrap, mean
-from radio.evaluation.segmentation import mean_iou
-from radio.evaluation.target_kinds import EncoderTarget
+from radio.evaluation.target_kinds import EncoderTarget, PixelsTarget
 from radio.training.cost import vit_gflop
 
 TEACHERS = {
@@ -147,13 +144,6 @@ def test_a_teacher_that_is_not_above_the_floor_keeps_nothing() -> None:
         retention(Side(0.5, rows), Side(0.9, rows[1:]), Side(0.4), mean)
 
 
-def test_iou_of_counts_is_the_tasks_own() -> None:
-    confusions = np.random.default_rng(0).integers(0, 9, (5, 4, 4))
-    confusions[:, 2] = 0  # a class that is predicted but never labelled
-    assert iou_of_counts(counts_of(confusions)) == pytest.approx(mean_iou(confusions))
-    assert iou_of_counts(counts_of(confusions * 0)) == 0
-
-
 def test_the_guess_of_a_retrieval_is_that_of_random_orders(tmp_path: Path) -> None:
     store(tmp_path, "pocket_clip", "retrieval", 0.3, size=128)
     record = next(read_stored(tmp_path).of("retrieval"))
@@ -226,6 +216,23 @@ def test_what_is_stored_is_not_measured_again(
     (out / "pixels" / f"{Job(ROWS['knn'], 64).name}.json").unlink()
     with pytest.raises(AssertionError, match="measured again"):
         run()
+
+
+def test_other_weights_of_a_text_tower_are_another_measurement() -> None:
+    class Towered(PixelsTarget):
+        def text_tower(self, adaptor: str | None = None) -> Any:
+            assert adaptor == "clip"
+            return torch.nn.Linear(2, 2)
+
+    target, job = Towered(), Job(ROWS["retrieval"], 128, "clip")
+    prints = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        prints.append(decoder_print(target, job))
+    assert prints[0] == prints[1] != prints[2]
+    assert decoder_print(target, Job(ROWS["knn"], 128)) is None
+    with pytest.raises(RadioError, match="mask decoder"):
+        decoder_print(target, Job(ROWS["masks-box-coco"], 256))
 
 
 # The page
@@ -374,7 +381,7 @@ def test_the_page_shows_what_there_is_and_names_what_is_not(out: Path, tmp_path:
 
 
 def test_an_empty_folder_makes_a_page_that_says_so(tmp_path: Path) -> None:
-    text = page(Stored([], {}, {}), "pocket", "out", "../out")
+    text = "\n".join(page(Stored([], {}, {}), "pocket", "out", "../out"))
     for subject in ("pixels", "pocket_clip", "pocket_sam", "student"):
         assert f"- `{subject}`: not yet" in text
     assert "0 of " in text

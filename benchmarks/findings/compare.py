@@ -1,19 +1,27 @@
-"""From records to what a page says: means, paired differences with their intervals, ranks."""
+"""From records to what a page says: means, ranks, and differences with how sure they are.
+
+A difference of two arms has a paired t interval over seeds and a bootstrap over pictures; `verdict`
+is the one place where it turns into a word.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
 
-from benchmarks.findings.declare import Comparison, Finding
-from benchmarks.findings.intervals import over_pictures, over_seeds, verdict
+from benchmarks.findings.declare import HIGHER, LOWER, Comparison, Finding
+from benchmarks.findings.measures import Samples
 from benchmarks.findings.records import Record
-from radio.evaluation.result import RESAMPLES, Interval
+from radio.errors import RadioError
+from radio.evaluation.result import CONFIDENCE, Interval, bootstrap
 
-BySeed = Mapping[int, Record]
+AGREES, DISAGREES, NOT_RESOLVED = "agrees", "disagrees", "not resolved"
 
 
 @dataclass(frozen=True)
@@ -33,47 +41,9 @@ class Compared:
         return self.first - self.second
 
 
-def arms_of(records: Sequence[Record]) -> dict[str, BySeed]:
-    """Return records by arm and seed, in their order."""
-    found: dict[str, dict[int, Record]] = {}
-    for record in records:
-        found.setdefault(record.arm, {})[record.seed] = record
-    return dict(found)
-
-
-def compare(
-    comparison: Comparison, arms: Mapping[str, BySeed], resamples: int = RESAMPLES
-) -> Compared | None:
-    """Measure a comparison on the seeds that both sides have; None where there is none."""
-    first, second = (arms.get(side.arm, {}) for side in (comparison.first, comparison.second))
-    seeds = [
-        seed
-        for seed in first
-        if seed in second
-        and comparison.first.metric in first[seed].scores
-        and comparison.second.metric in second[seed].scores
-    ]
-    if not seeds:
-        return None
-    ours = [first[seed].scores[comparison.first.metric] for seed in seeds]
-    theirs = [second[seed].scores[comparison.second.metric] for seed in seeds]
-    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
-    between = over_seeds(differences)
-    pictures = _pictures(comparison, first, second, seeds, resamples)
-    word = verdict(float(np.mean(differences)), (between, pictures), comparison.paper)
-    return Compared(
-        comparison, float(np.mean(ours)), float(np.mean(theirs)), between, pictures, word
-    )
-
-
-def _pictures(
-    comparison: Comparison, first: BySeed, second: BySeed, seeds: Sequence[int], resamples: int
-) -> Interval | None:
-    sides = ((comparison.first, first), (comparison.second, second))
-    if not all(side.metric in records[seed].samples for side, records in sides for seed in seeds):
-        return None
-    ours, theirs = ([records[seed].samples[s.metric] for seed in seeds] for s, records in sides)
-    return over_pictures(ours, theirs, resamples)
+def arms_of(records: Sequence[Record]) -> list[str]:
+    """Return the arms of records, in their order."""
+    return list(dict.fromkeys(record.arm for record in records))
 
 
 def metrics_of(patterns: Sequence[str], records: Sequence[Record]) -> list[str]:
@@ -82,10 +52,83 @@ def metrics_of(patterns: Sequence[str], records: Sequence[Record]) -> list[str]:
     return list(dict.fromkeys(m for each in patterns for m in known if fnmatchcase(m, each)))
 
 
-def mean(records: BySeed, metric: str) -> float | None:
+def values_of(records: Sequence[Record], arm: str, metric: str) -> dict[int, float]:
+    """Return an arm's scores by seed, of the seeds that have the metric."""
+    ours = (record for record in records if record.arm == arm)
+    return {record.seed: record.scores[metric] for record in ours if metric in record.scores}
+
+
+def mean(records: Sequence[Record], arm: str, metric: str) -> float | None:
     """Return the mean over an arm's seeds, None where it has no such metric."""
-    values = [each.scores[metric] for each in records.values() if metric in each.scores]
-    return float(np.mean(values)) if values else None
+    values = values_of(records, arm, metric)
+    return float(np.mean(list(values.values()))) if values else None
+
+
+def compare(comparison: Comparison, records: Sequence[Record]) -> Compared | None:
+    """Measure a comparison on the seeds that both sides have; None where there is none."""
+    sides = (comparison.first, comparison.second)
+    first, second = (values_of(records, side.arm, side.metric) for side in sides)
+    seeds = [seed for seed in first if seed in second]
+    if not seeds:
+        return None
+    by_arm = {(record.arm, record.seed): record.samples for record in records}
+    ours, theirs = ([by_arm[side.arm, seed].get(side.metric) for seed in seeds] for side in sides)
+    between = over_seeds([first[seed] - second[seed] for seed in seeds])
+    pictures = over_pictures(ours, theirs)
+    means = [float(np.mean([side[seed] for seed in seeds])) for side in (first, second)]
+    word = verdict(means[0] - means[1], (between, pictures), comparison.paper)
+    return Compared(comparison, means[0], means[1], between, pictures, word)
+
+
+def over_seeds(differences: Sequence[float]) -> Interval | None:
+    """Return the 95 % t interval of the mean of paired differences; None for fewer than two."""
+    count = len(differences)
+    if count < 2:
+        return None
+    middle, deviation = float(np.mean(differences)), float(np.std(differences, ddof=1))
+    t = float(stats.t.ppf((1 + CONFIDENCE / 100) / 2, count - 1))
+    half = t * deviation / math.sqrt(count)
+    return middle - half, middle + half
+
+
+def over_pictures(
+    first: Sequence[Samples | None], second: Sequence[Samples | None]
+) -> Interval | None:
+    """Return the 95 % interval of the mean over seeds of first - second; None without samples.
+
+    The same resampled pictures are taken in both arms and all seeds.
+
+    Raises:
+        RadioError: other numbers of pictures.
+    """
+    pairs = [(a, b) for a, b in zip(first, second, strict=True) if a is not None and b is not None]
+    if len(pairs) < len(first):
+        return None
+    counts = {len(samples.rows) for pair in pairs for samples in pair}
+    if len(counts) > 1:
+        raise RadioError(
+            f"arms were measured on {sorted(counts)} pictures; expected the same ones, measure anew"
+        )
+
+    def lead(chosen: NDArray[np.int64]) -> float:
+        return float(np.mean([a.score(chosen) - b.score(chosen) for a, b in pairs]))
+
+    return bootstrap(np.arange(counts.pop()), lead)
+
+
+def verdict(difference: float, intervals: Sequence[Interval | None], paper: str | None) -> str:
+    """Return what a difference says of the paper's claim.
+
+    Not resolved where an interval holds 0 or there is none over seeds (the first of `intervals`;
+    the others count where they are given).
+    """
+    seeds, *others = intervals
+    known = [seeds, *(interval for interval in others if interval is not None)]
+    if any(interval is None or interval[0] <= 0 <= interval[1] for interval in known):
+        return NOT_RESOLVED
+    if paper is None:
+        return HIGHER if difference > 0 else LOWER
+    return AGREES if (difference > 0) == (paper == HIGHER) else DISAGREES
 
 
 def ranks(finding: Finding, records: Sequence[Record]) -> dict[str, float]:
@@ -93,18 +136,14 @@ def ranks(finding: Finding, records: Sequence[Record]) -> dict[str, float]:
 
     1 is the highest; equal values share their mean rank.
     """
-    arms = arms_of(records)
-    metrics = metrics_of(finding.ranked, records)
-    seeds = set.intersection(*(set(by_seed) for by_seed in arms.values())) if arms else set()
-    if not metrics or not seeds or len(arms) < 2:
+    arms, metrics = arms_of(records), metrics_of(finding.ranked, records)
+    columns = [[values_of(records, arm, metric) for arm in arms] for metric in metrics]
+    values = [
+        [by_seed[seed] for by_seed in column]
+        for column in columns
+        for seed in set.intersection(*(set(by_seed) for by_seed in column))
+    ]
+    if not values or len(arms) < 2:
         return {}
-    values = np.array(
-        [
-            [by_seed[seed].scores[metric] for by_seed in arms.values()]
-            for seed in sorted(seeds)
-            for metric in metrics
-        ]
-    )
-    above = (values[:, None] > values[:, :, None]).sum(axis=2)
-    equal = (values[:, None] == values[:, :, None]).sum(axis=2)
-    return dict(zip(arms, (above + (equal + 1) / 2).mean(axis=0).tolist(), strict=True))
+    found = stats.rankdata(-np.array(values), axis=1).mean(axis=0)
+    return dict(zip(arms, found.tolist(), strict=True))

@@ -1,27 +1,19 @@
-"""What a finding declares, and nothing that runs: arms, measure, comparisons, tables, figure."""
+"""What a finding declares, and nothing that runs: claim, arms, measure, comparisons, page."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from benchmarks.findings.samples import Samples
+    from benchmarks.findings.measures import Scores
     from benchmarks.findings.trained import Trained
 
 HIGHER, LOWER = "higher", "lower"
 LOW, HIGH = 128, 256  # px a side of the student's pictures
 TEACHERS = ("clip", "siglip", "dinov2", "sam")
-MODES = {"clip": "native", "siglip": "native", "dinov2": "match", "sam": "native"}
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What one arm gives with one seed: plain scores, and those that pictures stand behind."""
-
-    scores: Mapping[str, float] = field(default_factory=dict)
-    samples: Mapping[str, Samples] = field(default_factory=dict)
+STUDENT = "student"  # the arm of a finding that is about one student
 
 
 @dataclass(frozen=True)
@@ -57,43 +49,30 @@ class Comparison:
 
     first: Side
     second: Side
-    paper: str | None = None
-
-
-@dataclass(frozen=True)
-class Table:
-    """Columns of a table whose rows are the arms: metrics by fnmatch patterns."""
-
-    title: str
-    patterns: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Figure:
-    """Bars of each metric, or lines over the px behind its @; metrics by fnmatch patterns."""
-
-    kind: str  # bars, lines
-    label: str
-    patterns: tuple[str, ...]
+    paper: str | None
 
 
 @dataclass(frozen=True)
 class Finding:
     """A claim of a paper, and all that is needed to look at it again.
 
-    `claim` holds the paper's own figures; `how` says what is measured here. `ranked` are metrics,
-    the higher the better, over which arms get a mean rank.
+    `claim` holds the paper's own figures; `how` says what is measured here. Metrics of the page are
+    named by fnmatch patterns: `tables` by title; `ranked`, the higher the better, over which arms
+    get a mean rank; and one figure, `bars`, or `lines` over the number behind a metric's @, whose
+    axis is `label`.
     """
 
     title: str
     claim: str
     how: str
-    arms: tuple[Arm, ...]
-    measure: Callable[[Trained], Measured]
+    measure: Callable[[Trained], Scores]
     comparisons: tuple[Comparison, ...]
-    tables: tuple[Table, ...]
-    figure: Figure
-    ranked: tuple[str, ...] = ()
+    tables: Mapping[str, Sequence[str]]
+    label: str
+    bars: Sequence[str] = ()
+    lines: Sequence[str] = ()
+    arms: tuple[Arm, ...] = (Arm(STUDENT),)
+    ranked: Sequence[str] = ()
 
 
 def against(
@@ -103,19 +82,23 @@ def against(
     return tuple(Comparison(Side(first, m), Side(second, m), paper) for m in metrics)
 
 
-def of_teachers(
-    kind: str, teachers: Sequence[str] = TEACHERS, sizes: Sequence[int] = (LOW, HIGH)
-) -> tuple[str, ...]:
-    """Return the metrics `kind/teacher@size`."""
-    return tuple(f"{kind}/{name}@{size}" for name in teachers for size in sizes)
+def within(first: str, second: str, paper: str | None) -> Comparison:
+    """Compare two metrics of the only arm."""
+    return Comparison(Side(STUDENT, first), Side(STUDENT, second), paper)
 
 
-def stages(partitions: Mapping[str, tuple[int, int, Mapping[str, str]]]) -> str:
-    """Return the override that gives a run these partitions: (image_size, batch, views) by name."""
-    shown = ", ".join(
-        f"{name}: {{image_size: {size}, batch: {batch}, views: {{"
-        + ", ".join(f"{teacher}: {mode}" for teacher, mode in views.items())
-        + "}}"
-        for name, (size, batch, views) in partitions.items()
-    )
-    return f"stages=[{{steps: 1, partitions: {{{shown}}}}}]"
+def stages(partitions: Mapping[str, tuple[int, int, Sequence[str]]]) -> str:
+    """Return the override that gives a run these partitions: (image_size, batch, teachers) by name.
+
+    Views are shown as finding.yaml shows them.
+    """
+
+    def mode(name: str, size: int) -> str:
+        return {"dinov2": "match", "sam": "mosaic" if size == LOW else "native"}.get(name, "native")
+
+    shown = [
+        f"{name}: {{image_size: {size}, batch: {batch}, views: "
+        f"{{{', '.join(f'{teacher}: {mode(teacher, size)}' for teacher in teachers)}}}}}"
+        for name, (size, batch, teachers) in partitions.items()
+    ]
+    return f"stages=[{{steps: 1, partitions: {{{', '.join(shown)}}}}}]"

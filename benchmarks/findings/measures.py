@@ -1,25 +1,83 @@
-"""What several findings measure: fidelity in the teachers' own spaces, kNN, segmentation."""
+"""What is measured of a run: scores by metric, of plain numbers or of values of single pictures.
+
+Below them what several findings measure: fidelity in the teachers' own spaces, kNN, segmentation.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from benchmarks.findings.declare import HIGH, LOW, Measured
-from benchmarks.findings.samples import Samples
+from benchmarks.findings.declare import HIGH, LOW
 from benchmarks.findings.trained import Trained
 from radio.encoder.images import resized
+from radio.evaluation import mode_switch
 from radio.evaluation.features import features_of
 from radio.evaluation.knn import knn
-from radio.evaluation.mode_switch import Explained
 from radio.evaluation.pictures import Split
-from radio.evaluation.result import Options
-from radio.evaluation.segmentation import segmentation
+from radio.evaluation.result import Options, Statistic, mean
+from radio.evaluation.segmentation import mean_iou, segmentation
 from radio.evaluation.target import Target
 
 BATCH = 16
+
+
+def variance_ratio(rows: NDArray[Any]) -> float:
+    """Return sum (y - mean y)^2 / sum (p - y)^2 of [pictures, 2]."""
+    spread, residual = rows.sum(axis=0)
+    return float(spread / residual)
+
+
+def explained(rows: NDArray[Any]) -> float:
+    """Return e = 1 - 1 / fidelity of [pictures, 2]."""
+    return float(mode_switch.explained(rows))
+
+
+def evenness(rows: NDArray[Any]) -> float:
+    """Return min e / max e over sizes of [pictures, sizes, 2]."""
+    return mode_switch.worst_ratio(rows[:, None])
+
+
+STATISTICS: dict[str, Statistic] = {
+    "mean": mean,
+    "fidelity": variance_ratio,
+    "explained": explained,
+    "evenness": evenness,
+    "mean_iou": mean_iou,
+}
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Rows [pictures, ...] and the name of their statistic."""
+
+    rows: NDArray[Any]
+    statistic: str = "mean"
+
+    def score(self, pictures: NDArray[np.int64] | slice = slice(None)) -> float:
+        """Return the statistic of the rows of some pictures, or of all."""
+        return STATISTICS[self.statistic](self.rows[pictures])
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what goes into JSON, seven digits of a value."""
+        rows = self.rows
+        if not np.issubdtype(rows.dtype, np.integer):
+            rows = np.vectorize(lambda value: float(f"{value:.7g}"))(rows)
+        return {"statistic": self.statistic, "rows": rows.tolist()}
+
+    @classmethod
+    def of(cls, said: Mapping[str, Any]) -> Samples:
+        """Read back what `as_dict` wrote."""
+        return cls(np.asarray(said["rows"]), said["statistic"])
+
+
+Scores = dict[str, float | Samples]  # what is measured of a run, by metric
 
 
 def batches_of(split: Split, size: int) -> Iterator[tuple[slice, Tensor]]:
@@ -30,7 +88,7 @@ def batches_of(split: Split, size: int) -> Iterator[tuple[slice, Tensor]]:
         yield part, torch.stack(pictures)
 
 
-def fidelity(trained: Trained, sizes: Sequence[int] = (LOW, HIGH)) -> Measured:
+def fidelity(trained: Trained, sizes: Sequence[int] = (LOW, HIGH)) -> Scores:
     """Measure every teacher's held-out fidelity and MSE at sizes of the student, in its own space.
 
     Fidelity is sum (y - mean y)^2 / sum (p - y)^2 of unstandardized features; `mse` is
@@ -40,13 +98,13 @@ def fidelity(trained: Trained, sizes: Sequence[int] = (LOW, HIGH)) -> Measured:
     """
     split = trained.material.pictures.split("val")
     outputs = {name: f"{name}:features" for name in trained.teachers}
-    scores, samples = dict[str, float](), dict[str, Samples]()
+    scores = Scores()
     for size in sizes:
         maps = {
             name: features_of(teacher, split, "features", shown_at(trained, teacher, size))
             for name, teacher in trained.teachers.items()
         }
-        sums = {name: Explained() for name in maps}
+        sums = {name: mode_switch.Explained() for name in maps}
         for part, pictures in batches_of(split, size):
             said = trained.target.extract(pictures, list(outputs.values()))
             for name, output in outputs.items():
@@ -55,8 +113,8 @@ def fidelity(trained: Trained, sizes: Sequence[int] = (LOW, HIGH)) -> Measured:
             rows = several.by_picture()
             values = float(torch.cat(several.counts).sum()) * maps[name].shape[1]
             scores[f"mse/{name}@{size}"] = float(rows[:, 1].sum()) / values
-            samples[f"fidelity/{name}@{size}"] = Samples(rows.numpy(), "fidelity")
-    return Measured(scores, samples)
+            scores[f"fidelity/{name}@{size}"] = Samples(rows.numpy(), "fidelity")
+    return scores
 
 
 def shown_at(trained: Trained, teacher: Target, size: int) -> int:
@@ -66,22 +124,13 @@ def shown_at(trained: Trained, teacher: Target, size: int) -> int:
     return size // trained.target.patch * teacher.patch
 
 
-def neighbours(trained: Trained) -> Measured:
+def neighbours(trained: Trained) -> Scores:
     """Measure top 1 of the 20 nearest neighbours of the backbone's summary, 100 classes, 128 px."""
     result = knn(trained.target, trained.material.classes, Options(size=LOW))
-    return Measured(samples={"knn": Samples(result.samples.astype(int))})
+    return {"knn": Samples(result.samples.astype(int))}
 
 
-def streets(trained: Trained) -> Measured:
+def streets(trained: Trained) -> Scores:
     """Measure mIoU of a linear probe of the backbone's features on streets, at 256 px."""
     result = segmentation(trained.target, trained.material.streets, Options(size=HIGH))
-    return Measured(samples={"miou": Samples(result.samples, "mean_iou")})
-
-
-def together(parts: Iterable[Measured]) -> Measured:
-    """Return several measurements as one."""
-    scores, samples = dict[str, float](), dict[str, Samples]()
-    for part in parts:
-        scores.update(part.scores)
-        samples.update(part.samples)
-    return Measured(scores, samples)
+    return {"miou": Samples(result.samples, "mean_iou")}

@@ -6,19 +6,8 @@ import statistics
 
 import torch
 
-from benchmarks.findings.declare import (
-    HIGH,
-    HIGHER,
-    LOW,
-    LOWER,
-    Arm,
-    Figure,
-    Finding,
-    Measured,
-    Table,
-    against,
-)
-from benchmarks.findings.measures import fidelity, neighbours, together
+from benchmarks.findings.declare import HIGH, HIGHER, LOW, LOWER, Arm, Finding, against
+from benchmarks.findings.measures import Scores, fidelity, neighbours
 from benchmarks.findings.trained import Trained
 from radio.data.configured import training_plan
 from radio.targets.stream import device_of, open_sources
@@ -31,18 +20,17 @@ STEPS = 5  # of which SAM is timed; the first warms up
 QUALITY = [f"fidelity/sam@{size}" for size in (LOW, HIGH)]
 
 
-def measure(trained: Trained) -> Measured:
+def measure(trained: Trained) -> Scores:
     """Measure what SAM costs for a low view, and what the student knows of it and of the rest."""
-    return together([fidelity(trained), neighbours(trained), cost(trained)])
+    return {**fidelity(trained), **neighbours(trained), **cost(trained)}
 
 
-def cost(trained: Trained) -> Measured:
+def cost(trained: Trained) -> Scores:
     """Measure SAM's GFLOP and median seconds for a view of the low partition, reading included."""
     config = trained.config
     low = config.stages[0].partitions["low"]
     sources = open_sources(config)
-    readers = build_readers(config, sources)
-    maker = build_target_maker(config, "sam", readers, device_of(config))
+    maker = build_target_maker(config, "sam", build_readers(config, sources), device_of(config))
     plan = training_plan(config, len(sources["train"]))
     torch.set_num_threads(config.threads.teacher)
     seconds = []
@@ -50,7 +38,7 @@ def cost(trained: Trained) -> Measured:
         part = next(part for part in plan(step).partitions if part.name == "low")
         seconds.append(maker(part, Request("train", "float32", {})).seconds / len(part.views))
     gflop = teacher_gflop(config, "sam", low, low.image_size)
-    return Measured({GFLOP: gflop, SECONDS: statistics.median(seconds[1:] or seconds)})
+    return {GFLOP: gflop, SECONDS: statistics.median(seconds[1:] or seconds)}
 
 
 FINDING = Finding(
@@ -61,9 +49,9 @@ FINDING = Finding(
     how=f"How SAM, whose canvas is 256 px, is shown views of {LOW} px: four on a canvas, one "
     "enlarged to the canvas (native), one alone in its corner (padded). Fidelity is measured at "
     "both sizes against the same targets, SAM's own of whole native pictures.",
-    arms=tuple(
-        Arm(mode, (f"stages.0.partitions.low.views.sam={mode}",) if mode != MOSAIC else ())
-        for mode in (MOSAIC, NATIVE, PADDED)
+    arms=(
+        Arm(MOSAIC),
+        *(Arm(m, (f"stages.0.partitions.low.views.sam={m}",)) for m in (NATIVE, PADDED)),
     ),
     measure=measure,
     comparisons=(
@@ -73,9 +61,7 @@ FINDING = Finding(
         *against(MOSAIC, PADDED, (SECONDS, GFLOP), LOWER),
         *against(MOSAIC, NATIVE, ("knn",), None),
     ),
-    tables=(
-        Table("Cost of SAM", (SECONDS, GFLOP)),
-        Table("Fidelity and kNN", ("fidelity/*", "knn")),
-    ),
-    figure=Figure("bars", "fidelity", ("fidelity/sam@*",)),
+    tables={"Cost of SAM": (SECONDS, GFLOP), "Fidelity and kNN": ("fidelity/*", "knn")},
+    label="fidelity",
+    bars=("fidelity/sam@*",),
 )

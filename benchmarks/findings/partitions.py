@@ -4,46 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from benchmarks.findings.declare import (
-    HIGHER,
-    LOW,
-    LOWER,
-    MODES,
-    TEACHERS,
-    Arm,
-    Figure,
-    Finding,
-    Measured,
-    Table,
-    against,
-    of_teachers,
-    stages,
-)
-from benchmarks.findings.measures import fidelity, neighbours, together
+from benchmarks.findings.declare import HIGHER, LOW, LOWER, TEACHERS, Arm, Finding, against, stages
+from benchmarks.findings.measures import Scores, fidelity, neighbours
 from benchmarks.findings.trained import Trained
 from radio.training.cost import stage_cost
 
 ONE, TWO, FOUR = "1 partition", "2 partitions", "4 partitions"
 BATCH = 16  # student pictures of a step in every arm
 COST = "teacher GFLOP a picture"
-QUALITY = ("knn", *of_teachers("fidelity", sizes=(LOW,)))
+QUALITY = ("knn", *(f"fidelity/{name}@{LOW}" for name in TEACHERS))
 
 
-def measure(trained: Trained) -> Measured:
+def measure(trained: Trained) -> Scores:
     """Measure the teachers' GFLOP for a student picture, fidelity at the trained size, and kNN."""
     cost = stage_cost(trained.config, trained.config.stages[0])
-    scores = Measured({COST: sum(cost.teachers.values()) * 1e3 / BATCH})
-    return together([fidelity(trained, (LOW,)), neighbours(trained), scores])
+    gflop = sum(cost.teachers.values()) * 1e3 / BATCH
+    return {**fidelity(trained, (LOW,)), **neighbours(trained), COST: gflop}
 
 
 def split(name: str, groups: Sequence[Sequence[str]]) -> Arm:
     """Return an arm whose pictures are shared out evenly over groups of teachers."""
-    modes = MODES | {"sam": "mosaic"}
-    partitions = {
-        "_".join(group): (LOW, BATCH // len(groups), {name: modes[name] for name in group})
-        for group in groups
-    }
-    return Arm(name, (stages(partitions),))
+    batch = BATCH // len(groups)
+    return Arm(name, (stages({"_".join(group): (LOW, batch, group) for group in groups}),))
 
 
 FINDING = Finding(
@@ -64,6 +46,7 @@ FINDING = Finding(
         *against(TWO, FOUR, QUALITY, HIGHER),
         *against(FOUR, ONE, (COST,), LOWER),
     ),
-    tables=(Table("Cost and quality", (COST, *QUALITY)),),
-    figure=Figure("bars", "score", QUALITY),
+    tables={"Cost and quality": (COST, *QUALITY)},
+    label="score",
+    bars=QUALITY,
 )

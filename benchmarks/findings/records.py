@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.findings.declare import Finding, Measured
-from benchmarks.findings.samples import Samples
+from benchmarks.findings.declare import Arm, Finding
+from benchmarks.findings.measures import Samples, Scores
 from benchmarks.findings.trained import Trained, Workshop, identity, trained
 from benchmarks.record import circumstances
 from radio.errors import RadioError
@@ -35,46 +35,32 @@ def path_of(out: Path, finding: str, arm: str, seed: int) -> Path:
     return out / finding / f"{arm.replace(' ', '_')}-{seed}.json"
 
 
-def is_there(path: Path, wanted: str) -> bool:
-    """Whether the file holds a measurement of exactly what is wanted."""
-    return path.exists() and json.loads(path.read_text())["identity"] == wanted
-
-
-def take(name: str, finding: Finding, workshop: Workshop, seed: int, arm: int, out: Path) -> bool:
+def take(name: str, finding: Finding, workshop: Workshop, seed: int, arm: Arm, out: Path) -> bool:
     """Train and measure one arm and write its file; False when that is there already."""
-    chosen = finding.arms[arm]
-    config = workshop.config(chosen, seed)
-    wanted = f"{VERSION}/{identity(config, chosen)}"
-    path = path_of(out, name, chosen.name, seed)
-    if is_there(path, wanted):
+    wanted = f"{VERSION}/{identity(workshop.config(arm, seed), arm)}"
+    path = path_of(out, name, arm.name, seed)
+    if path.exists() and json.loads(path.read_text())["identity"] == wanted:
         return False
-    run = trained(workshop, chosen, seed)
+    run = trained(workshop, arm, seed)
     started = time.perf_counter()
-    measured = finding.measure(run)
+    scores = finding.measure(run)
+    stage, teachers = run.config.stages[0], run.checkpoint.state["teachers"]
     said = {
         "finding": name,
-        "arm": chosen.name,
+        "arm": arm.name,
         "seed": seed,
         "identity": wanted,
         **circumstances(),
-        **facts_of(run),
-        "seconds": {"train": training_seconds(run), "measure": time.perf_counter() - started},
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, as_text(said, measured))
-    return True
-
-
-def facts_of(run: Trained) -> dict[str, Any]:
-    """Return what was trained: overrides, (scaled) teachers by fingerprint, steps, pictures."""
-    stage, teachers = run.config.stages[0], run.checkpoint.state["teachers"]
-    return {
-        "overrides": list(run.arm.overrides),
-        "deviations": run.arm.deviations and dict(run.arm.deviations),
+        "overrides": list(arm.overrides),
+        "deviations": arm.deviations and dict(arm.deviations),
         "family": {name: facts["fingerprint"] for name, facts in teachers.items()},
         "steps": stage.steps,
         "images": stage.steps * sum(part.batch for part in stage.partitions.values()),
+        "seconds": {"train": training_seconds(run), "measure": time.perf_counter() - started},
     }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, as_text(said, scores))
+    return True
 
 
 def training_seconds(run: Trained) -> float:
@@ -91,14 +77,14 @@ def training_seconds(run: Trained) -> float:
     return total
 
 
-def as_text(said: Mapping[str, Any], measured: Measured) -> str:
+def as_text(said: Mapping[str, Any], scores: Scores) -> str:
     """Return a file's text: facts and scores to read, samples in a line each."""
-    plain = dict(measured.scores)
-    scores = {**plain, **{name: found.score for name, found in measured.samples.items()}}
-    head = json.dumps({**said, "scores": scores}, indent=1)
+    samples = {name: found for name, found in scores.items() if isinstance(found, Samples)}
+    plain = scores | {name: found.score() for name, found in samples.items()}
+    head = json.dumps({**said, "scores": plain}, indent=1)
     lines = [
         f"  {json.dumps(name)}: {json.dumps(found.as_dict(), separators=(',', ':'))}"
-        for name, found in measured.samples.items()
+        for name, found in samples.items()
     ]
     return head[:-2] + ',\n "samples": {\n' + ",\n".join(lines) + "\n }\n}\n"
 
@@ -115,25 +101,21 @@ def read(out: Path, name: str, finding: Finding) -> list[Record]:
         said = json.loads(path.read_text())
         if said["arm"] in names:
             samples = {key: Samples.of(value) for key, value in said.pop("samples").items()}
-            scores = said.pop("scores")
-            records.append(Record(said["arm"], said["seed"], scores, samples, said))
+            records.append(Record(said["arm"], said["seed"], said.pop("scores"), samples, said))
     _refuse_mixed(out / name, records)
     return sorted(records, key=lambda record: (names.index(record.arm), record.seed))
 
 
 def _refuse_mixed(folder: Path, records: list[Record]) -> None:
-    for key in ("steps", "family"):
-        found = {json.dumps(said) for record in records for said in _each(record, key)}
-        if len({entry.split(": ")[0] for entry in found}) < len(found):
-            raise RadioError(
-                f"{folder} holds records of other {key} ({', '.join(sorted(found))}); delete the "
-                "older ones and measure anew"
-            )
-
-
-def _each(record: Record, key: str) -> list[str]:
-    """Return `name: value` for what must be alike over records; seeded teachers differ by seed."""
-    said = record.said[key]
-    if isinstance(said, Mapping):
-        return [f"{name} of seed {record.seed}: {value[:12]}" for name, value in said.items()]
-    return [f"{key}: {said}"]
+    """Refuse records of other steps or teachers; seeded teachers differ by seed."""
+    known: dict[str, Any] = {}
+    for record in records:
+        facts = {"steps": record.said["steps"]}
+        for name, fingerprint in record.said["family"].items():
+            facts[f"family ({name} of seed {record.seed})"] = fingerprint[:12]
+        for what, value in facts.items():
+            if known.setdefault(what, value) != value:
+                raise RadioError(
+                    f"{folder} holds records of other {what}: {known[what]} and {value}; delete "
+                    "the older ones and measure anew"
+                )

@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.findings.compare import (
-    BySeed,
+    AGREES,
+    DISAGREES,
+    NOT_RESOLVED,
     Compared,
     arms_of,
     compare,
@@ -15,13 +17,11 @@ from benchmarks.findings.compare import (
     metrics_of,
     ranks,
 )
-from benchmarks.findings.declare import HIGHER, Finding, Table
+from benchmarks.findings.declare import Finding
 from benchmarks.findings.figures import save
-from benchmarks.findings.intervals import AGREES, DISAGREES, NOT_RESOLVED
 from benchmarks.findings.records import Record, read
+from benchmarks.markdown import NONE, brackets, number, table, write_page
 from radio.errors import RadioError
-from radio.evaluation.result import Interval
-from radio.files import write_whole
 
 OPENING = """# Findings at pocket scale
 <!-- made by `make findings`; do not edit -->
@@ -35,35 +35,30 @@ Every arm is trained with the same seeds; with one seed the arms of the same par
 pictures in the same order. A difference stands with two 95 % intervals: Student's t over the paired
 differences of seeds, and where single pictures can be scored a paired bootstrap over them. Where
 one of the two holds 0, or there is one seed only, the difference is not resolved. `paper` is what
-the paper says of the first side, `-` where it gives no direction.
+the paper says of the first side, `–` where it gives no direction.
 """
-FIGURES = "figures"  # beside the page
-RANK = "mean rank"
 
 
-def write_report(findings: Mapping[str, Finding], out: Path, page: Path) -> Path:
-    """Write the page and its figures from the records of `out`, and return the page's path.
+def write_report(findings: Mapping[str, Finding], out: Path, page: Path) -> None:
+    """Write the page and its figures from the records of `out`.
 
     Raises:
         RadioError: no record of any finding, or records that do not belong together.
     """
-    known = {name: read(out, name, finding) for name, finding in findings.items()}
-    known = {name: records for name, records in known.items() if records}
-    if not known:
-        raise RadioError(f"{out} holds no records; run: python -m benchmarks.findings")
-    parts, rows = [], []
-    for name, records in known.items():
-        finding = findings[name]
-        figure = f"{FIGURES}/findings_{name}.svg"
-        save(finding.figure, records, page.parent / figure)
-        arms = arms_of(records)
-        found = [compare(each, arms) for each in finding.comparisons]
+    sections, summary = [], []
+    for name, finding in findings.items():
+        records = read(out, name, finding)
+        if not records:
+            continue
+        figure = Path("figures") / f"findings_{name}.svg"
+        save(finding, records, page.parent / figure)
+        found = [compare(each, records) for each in finding.comparisons]
         compared = [each for each in found if each is not None]
-        parts.append(section(name, finding, records, compared, figure))
-        rows.append(f"| [{finding.title}](#{anchor(finding.title)}) | {tally(compared)} |")
-    summary = ["| finding | of its comparisons |", "|---|---|", *rows]
-    write_whole(page, "\n".join([OPENING, *summary, "", *parts]))
-    return page
+        sections += section(name, finding, records, compared, figure)
+        summary.append([f"[{finding.title}](#{anchor(finding.title)})", tally(compared)])
+    if not sections:
+        raise RadioError(f"{out} holds no records; run: python -m benchmarks.findings")
+    write_page(page, [OPENING, *table(["finding", "of its comparisons"], summary), *sections])
 
 
 def section(
@@ -71,87 +66,64 @@ def section(
     finding: Finding,
     records: Sequence[Record],
     compared: Sequence[Compared],
-    figure: str,
-) -> str:
+    figure: Path,
+) -> list[str]:
     """Return a finding's part of the page."""
-    lines = [
+    disagreeing = [each for each in compared if each.verdict == DISAGREES]
+    against = [
+        f"{e.comparison.first} is {'above' if e.difference > 0 else 'below'} {e.comparison.second}"
+        for e in disagreeing
+    ]
+    return [
         f"## {finding.title}",
         "",
         f"**Paper.** {finding.claim}",
         "",
         f"**Here.** {finding.how} {provenance(records)}",
         "",
-        f"**Verdict.** {sentence(compared)}",
+        f"**Comparisons of which the paper has a direction.** {tally(compared)}."
+        + (f" It disagrees in: {'; '.join(against)}." if against else ""),
         "",
         f"![{finding.title}]({figure})",
         "",
+        *(line for title in finding.tables for line in means(finding, title, records)),
+        *differences(compared),
+        f"`python -m benchmarks.findings {name}`",
+        "",
     ]
-    for table in finding.tables:
-        lines += means(finding, table, records)
-    lines += differences(compared)
-    lines += [f"`python -m benchmarks.findings {name}`", ""]
-    return "\n".join(lines)
-
-
-def sentence(compared: Sequence[Compared]) -> str:
-    """Say of the comparisons that the paper has a direction for how they came out."""
-    claimed = [each for each in compared if each.comparison.paper is not None]
-    if not claimed:
-        return "Nothing of which the paper has a direction is measured yet."
-    words = Counter(each.verdict for each in claimed)
-    parts = [
-        f"{what} in {words[key]} of {len(claimed)}"
-        for key, what in (
-            (AGREES, "agrees with the paper"),
-            (DISAGREES, "disagrees with it"),
-            (NOT_RESOLVED, "is not resolved"),
-        )
-        if words[key]
-    ]
-    against = [_named(each) for each in claimed if each.verdict == DISAGREES]
-    said = f"What is measured here {', '.join(parts)} comparisons."
-    return said + (f" It disagrees in: {'; '.join(against)}." if against else "")
 
 
 def tally(compared: Sequence[Compared]) -> str:
-    """Return the verdicts' numbers in a few words."""
+    """Return how often what is measured agrees with the paper, of what it has a direction for."""
     words = Counter(each.verdict for each in compared if each.comparison.paper is not None)
-    return (
-        ", ".join(f"{words[k]} {k}" for k in (AGREES, DISAGREES, NOT_RESOLVED) if words[k]) or "-"
-    )
+    kinds = [word for word in (AGREES, DISAGREES, NOT_RESOLVED) if words[word]]
+    return ", ".join(f"{words[word]} {word}" for word in kinds) or "not measured"
 
 
 def provenance(records: Sequence[Record]) -> str:
     """Say how much was trained, in which time, from which commit."""
     seeds = sorted({record.seed for record in records})
-    seconds = [record.said["seconds"]["train"] for record in records]
+    seconds = max(record.said["seconds"]["train"] for record in records)
     images = sorted({record.said["images"] for record in records})
     commits = sorted({record.said["commit"] for record in records})
     return (
-        f"Arms: {len({record.arm for record in records})}; seeds {', '.join(map(str, seeds))}; "
-        f"{' or '.join(f'{count:,}' for count in images)} pictures a run, at most "
-        f"{max(seconds):.0f} s of training alone; commit {', '.join(commits)}."
+        f"Arms: {len(arms_of(records))}; seeds {', '.join(map(str, seeds))}; "
+        f"{' or '.join(f'{count:,}' for count in images)} pictures a run, at most {seconds:.0f} s "
+        f"of training alone; commit {', '.join(commits)}."
     )
 
 
-def means(finding: Finding, table: Table, records: Sequence[Record]) -> list[str]:
+def means(finding: Finding, title: str, records: Sequence[Record]) -> list[str]:
     """Return a table of means over seeds, an arm a row; metrics as rows where there is one arm."""
-    arms, metrics = arms_of(records), metrics_of(table.patterns, records)
-    if not metrics:
-        return []
-    rank = ranks(finding, records) if table is finding.tables[0] else {}
+    arms, metrics = arms_of(records), metrics_of(finding.tables[title], records)
     if len(arms) == 1:
-        ((_, by_seed),) = arms.items()
-        rows = [[metric, _number(mean(by_seed, metric))] for metric in metrics]
-        return _table([table.title, "mean"], rows)
-    head = [table.title, *metrics, *([RANK] if rank else [])]
-    rows = [_row(arm, by_seed, metrics, rank) for arm, by_seed in arms.items()]
-    return _table(head, rows)
-
-
-def _row(arm: str, by_seed: BySeed, metrics: Sequence[str], rank: Mapping[str, float]) -> list[str]:
-    cells = [_number(mean(by_seed, metric)) for metric in metrics]
-    return [arm, *cells, *([_number(rank[arm])] if rank else [])]
+        rows = [[metric, number(mean(records, arms[0], metric))] for metric in metrics]
+        return table([title, "mean"], rows)
+    rows = [[arm, *(number(mean(records, arm, metric)) for metric in metrics)] for arm in arms]
+    rank = ranks(finding, records) if title == next(iter(finding.tables)) else {}
+    for row in rows if rank else []:
+        row.append(number(rank[row[0]]))
+    return table([title, *metrics, *(["mean rank"] if rank else [])], rows)
 
 
 def differences(compared: Sequence[Compared]) -> list[str]:
@@ -160,44 +132,21 @@ def differences(compared: Sequence[Compared]) -> list[str]:
         [
             str(each.comparison.first),
             str(each.comparison.second),
-            _number(each.first),
-            _number(each.second),
-            f"{'+' if each.difference > 0 else ''}{_number(each.difference)}",
-            _interval(each.seeds),
-            _interval(each.pictures),
-            each.comparison.paper or "-",
+            number(each.first),
+            number(each.second),
+            number(each.difference, sign="+"),
+            brackets(each.seeds),
+            brackets(each.pictures),
+            each.comparison.paper or NONE,
             f"**{each.verdict}**",
         ]
         for each in compared
     ]
     head = ["first", "second", "first", "second", "difference"]
-    return _table([*head, "over seeds", "over pictures", "paper", "verdict"], rows)
+    return table([*head, "over seeds", "over pictures", "paper", "verdict"], rows)
 
 
 def anchor(title: str) -> str:
     """Return the fragment that a heading gets on GitHub."""
     kept = [each for each in title.lower() if each.isalnum() or each in " -"]
     return "".join(kept).replace(" ", "-")
-
-
-def _named(each: Compared) -> str:
-    word = "above" if each.difference > 0 else "below"
-    assert (each.comparison.paper == HIGHER) == (word == "below")
-    return f"{each.comparison.first} is {word} {each.comparison.second}"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    if not rows:
-        return []
-    lines = [head, ["---"] * len(head), *rows]
-    return [*(f"| {' | '.join(line)} |" for line in lines), ""]
-
-
-def _interval(interval: Interval | None) -> str:
-    return "-" if interval is None else f"{_number(interval[0])} to {_number(interval[1])}"
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.3f}" if 0.1 <= abs(value) < 100 or value == 0 else f"{value:.3g}"

@@ -2,60 +2,49 @@
 
 from __future__ import annotations
 
-import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from benchmarks.findings.declare import (
-    HIGH,
-    HIGHER,
-    LOW,
-    Arm,
-    Comparison,
-    Figure,
-    Finding,
-    Measured,
-    Side,
-    Table,
-)
-from benchmarks.findings.samples import Samples
+from benchmarks.findings.declare import HIGH, HIGHER, LOW, STUDENT, Finding, within
+from benchmarks.findings.measures import Samples, Scores
 from benchmarks.findings.trained import Trained
 from radio.evaluation.equivariance import Tiled, errors
 from radio.evaluation.features import features_of
 from radio.evaluation.target import Target
 from radio.targets.grid import to_grid
 
-STUDENT = "student"
 Maps = Float[Tensor, "n d _ _"]
 
 
-def measure(trained: Trained) -> Measured:
+def measure(trained: Trained) -> Scores:
     """Measure 1 - cos(f(small picture), small f(picture)), centred, by whole pictures and by tiles.
 
     The fixed-size teacher is the one that RADIOv2.5 tiles, SigLIP.
     """
-    found = tiled_errors(trained.target, trained, LOW, "student")
     assert HIGH == 2 * LOW, "four tiles make the larger picture"
     siglip = trained.teachers["siglip"]
-    return Measured(samples=found | tiled_errors(siglip, trained, siglip.native_size, "siglip"))
+    return {
+        **tiled_errors(trained.target, trained, LOW, STUDENT),
+        **tiled_errors(siglip, trained, siglip.native_size, "siglip"),
+    }
 
 
-def tiled_errors(target: Target, trained: Trained, tile: int, who: str) -> dict[str, Samples]:
+def tiled_errors(target: Target, trained: Trained, tile: int, who: str) -> Scores:
     """Return per picture what scaling by a half changes, seen whole and in four tiles of a side."""
     split = trained.material.pictures.split("val")
     small = features_of(target, split, "features", tile)
     tiled = features_of(Tiled(target, tile), split, "features", 2 * tile)
-    found = {f"{who} tiled": Samples(_scale(tiled, small))}
+    found: Scores = {f"{who} tiled": _scale(tiled, small)}
     if target.takes_any_size:
         whole = features_of(target, split, "features", 2 * tile)
-        found[f"{who} whole"] = Samples(_scale(whole, small))
+        found[f"{who} whole"] = _scale(whole, small)
         found[f"{who} tiled or whole"] = Samples(errors(whole, tiled, lambda a, b: (a, b))[1])
     return found
 
 
-def _scale(large: Maps, small: Maps) -> Float[np.ndarray, " n"]:
+def _scale(large: Maps, small: Maps) -> Samples:
     grid = (small.shape[-2], small.shape[-1])
-    return errors(large, small, lambda a, b: (to_grid(a, grid), b))[1]
+    return Samples(errors(large, small, lambda a, b: (to_grid(a, grid), b))[1])
 
 
 FINDING = Finding(
@@ -65,12 +54,12 @@ FINDING = Finding(
     how=f"Error of scaling {HIGH} px to {LOW} px, 1 - cos after each side's mean is taken off: "
     "by the student from the whole picture and from its four quarters, and by the SigLIP teacher, "
     "which takes one size, from four tiles of that size.",
-    arms=(Arm(STUDENT),),
     measure=measure,
     comparisons=(
-        Comparison(Side(STUDENT, "student tiled"), Side(STUDENT, "student whole"), HIGHER),
-        Comparison(Side(STUDENT, "siglip tiled"), Side(STUDENT, "student whole"), HIGHER),
+        within("student tiled", "student whole", HIGHER),
+        within("siglip tiled", "student whole", HIGHER),
     ),
-    tables=(Table("Error, 0 is equivariant", ("student *", "siglip *")),),
-    figure=Figure("bars", "1 - cos, centred", ("student *", "siglip *")),
+    tables={"Error, 0 is equivariant": ("student *", "siglip *")},
+    label="1 - cos, centred",
+    bars=("student *", "siglip *"),
 )

@@ -10,18 +10,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from benchmarks.findings.declare import (
-    HIGH,
-    HIGHER,
-    Arm,
-    Comparison,
-    Figure,
-    Finding,
-    Measured,
-    Side,
-    Table,
-)
-from benchmarks.findings.samples import Samples
+from benchmarks.findings.declare import HIGH, HIGHER, Finding, within
+from benchmarks.findings.measures import Samples, Scores
 from benchmarks.findings.trained import Trained
 from radio.evaluation.features import features_of
 from radio.evaluation.label_maps import label_maps
@@ -29,7 +19,6 @@ from radio.evaluation.result import Options
 from radio.evaluation.segmentation import confusions, fit_probe
 from student.token_merging import merge_tokens, unmerge
 
-STUDENT = "student"
 COUNTS = (64, 16, 4)  # of 16 x 16 tokens; squares, so that pooling has as many
 Tokens = Float[Tensor, "n tokens width"]
 
@@ -57,14 +46,11 @@ def random(tokens: Tokens, count: int, seed: int) -> Tokens:
     return kept.gather(1, nearest[..., None].expand(-1, -1, tokens.shape[-1]))
 
 
-WAYS: dict[str, Callable[[Tokens, int, int], Tokens]] = {
-    "merged": merged,
-    "pooled": pooled,
-    "random": random,
-}
+Way = Callable[[Tokens, int, int], Tokens]
+WAYS: dict[str, Way] = {"merged": merged, "pooled": pooled, "random": random}
 
 
-def measure(trained: Trained) -> Measured:
+def measure(trained: Trained) -> Scores:
     """Measure what few tokens keep of maps: variance, and mIoU of a probe fitted to whole maps."""
     data, seed = trained.material.streets, trained.config.seed
     labels = label_maps(data, Options())
@@ -73,16 +59,16 @@ def measure(trained: Trained) -> Measured:
         for split in ("train", "val")
     )
     probe = fit_probe(train, labels.train, len(labels.classes), seed)
-    samples = {"miou/whole": Samples(confusions(probe, val, labels.val), "mean_iou")}
+    scores: Scores = {"miou/whole": Samples(confusions(probe, val, labels.val), "mean_iou")}
     tokens = val.flatten(2).transpose(1, 2)
     for count in COUNTS:
         for name, way in WAYS.items():
             found = way(tokens, count, seed)
+            scores[f"kept/{name}@{count}"] = Samples(kept(tokens, found), "explained")
             maps = found.transpose(1, 2).reshape(val.shape)
-            samples[f"kept/{name}@{count}"] = Samples(kept(tokens, found), "explained")
             counts = confusions(probe, maps, labels.val)
-            samples[f"miou/{name}@{count}"] = Samples(counts, "mean_iou")
-    return Measured(samples=samples)
+            scores[f"miou/{name}@{count}"] = Samples(counts, "mean_iou")
+    return scores
 
 
 def kept(tokens: Tokens, found: Tokens) -> Float[np.ndarray, "n 2"]:
@@ -102,19 +88,14 @@ FINDING = Finding(
     "averaging over squares, or by choosing at random, each token then standing for those most "
     "like it. `kept` is the share of the features' variance that is left when every token is "
     "replaced by what stands for it, `miou` that of a linear probe fitted to whole maps.",
-    arms=(Arm(STUDENT),),
     measure=measure,
     comparisons=tuple(
-        Comparison(
-            Side(STUDENT, f"{kind}/merged@{n}"), Side(STUDENT, f"{kind}/{other}@{n}"), HIGHER
-        )
+        within(f"{kind}/merged@{n}", f"{kind}/{other}@{n}", HIGHER)
         for kind in ("kept", "miou")
         for n in COUNTS
         for other in ("pooled", "random")
     ),
-    tables=(
-        Table("Share of variance kept", ("kept/*",)),
-        Table("mIoU", ("miou/*",)),
-    ),
-    figure=Figure("lines", "share of variance kept, over tokens", ("kept/*",)),
+    tables={"Share of variance kept": ("kept/*",), "mIoU": ("miou/*",)},
+    label="share of variance kept, over tokens",
+    lines=("kept/*",),
 )

@@ -7,31 +7,22 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-
-import yaml
 
 from benchmarks.findings.declare import TEACHERS, Arm
 from benchmarks.findings.material import Material
 from benchmarks.findings.shared_stream import SharedStream
-from radio.config import Config, config_dir, load
+from radio.config import Config, load
 from radio.encoder.fuse import weights_of
 from radio.evaluation.target_kinds import EncoderTarget, TeacherTarget
+from radio.files import sha256_of, write_whole
 from radio.training.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint
 from radio.training.distill import distill
+from teachers.weights import local_file
 
-EXPERIMENT = "finding"
-FACTORS = "factors.json"  # in a run whose teachers are scaled
-RUNS, TARGETS = "runs", "targets"  # below the workshop
-POCKET = "pocket"  # the family of teachers that the experiment names
-
-
-def _steps() -> int:
-    """Return the steps that the experiment says, which arms with stages of their own take over."""
-    text = (config_dir() / "experiment" / f"{EXPERIMENT}.yaml").read_text(encoding="utf-8")
-    return int(yaml.safe_load(text)["stages"][0]["steps"])
+FACTORS = "factors.json"  # in every run: what its teachers are scaled by
 
 
 @dataclass(frozen=True)
@@ -43,33 +34,24 @@ class Workshop:
 
     folder: Path
     material: Material
-    family: str = POCKET
+    family: str = "pocket"
     steps: int | None = None
     overrides: tuple[str, ...] = ()
 
     def config(self, arm: Arm, seed: int) -> Config:
-        """Return an arm's checked configuration."""
+        """Return an arm's checked configuration; `out` is named by what the run computes."""
         shared = [
-            f"experiment={EXPERIMENT}",
+            "experiment=finding",
             f"data.train='{self.material.train}'",
-            f"cache={self.folder / TARGETS}",
+            f"cache={self.folder / 'targets'}",
             f"seed={seed}",
             *self.overrides,
-            *self._family(),
+            *(f"teacher@teachers.{name}={self.family}_{name}" for name in TEACHERS),
         ]
-        steps = self.steps or _steps()
+        steps = self.steps or load(shared).stages[0].steps
         config = load([*shared, *arm.overrides, f"stages.0.steps={steps}"])
-        return dataclasses.replace(config, out=str(self._out(config, arm)))
-
-    def _family(self) -> list[str]:
-        if self.family == POCKET:
-            return []
-        return [f"teacher@teachers.{name}={self.family}_{name}" for name in TEACHERS]
-
-    def _out(self, config: Config, arm: Arm) -> Path:
-        """Name a run by what it computes, so that findings share it."""
-        digest = identity(config, arm)
-        return self.folder / RUNS / digest[:12] / f"seed-{config.seed}"
+        out = self.folder / "runs" / identity(config, arm)[:12] / f"seed-{seed}"
+        return dataclasses.replace(config, out=str(out))
 
 
 def identity(config: Config, arm: Arm) -> str:
@@ -77,8 +59,14 @@ def identity(config: Config, arm: Arm) -> str:
     values = dataclasses.asdict(config)
     for key in ("out", "cache", "seed", "threads"):
         del values[key]
-    values["data"] = {key: value for key, value in values["data"].items() if key != "train"}
-    said = {"config": values, "deviations": arm.deviations and dict(arm.deviations)}
+    del values["data"]["train"]
+    pretrained = {name: teacher.pretrained for name, teacher in config.teachers.items()}
+    files = {name: local_file(name, given) for name, given in pretrained.items() if given}
+    said = {
+        "config": values,
+        "deviations": arm.deviations and dict(arm.deviations),
+        "weights": {name: sha256_of(file) for name, file in files.items() if file},
+    }
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
@@ -94,7 +82,7 @@ class Trained:
     config: Config
     checkpoint: Checkpoint
     material: Material
-    factors: Mapping[str, float] = field(default_factory=dict)
+    factors: Mapping[str, float]
 
     @cached_property
     def target(self) -> EncoderTarget:
@@ -119,20 +107,12 @@ def trained(workshop: Workshop, arm: Arm, seed: int) -> Trained:
         RadioError: as `distill`.
     """
     config = workshop.config(arm, seed)
-    checkpoint = _finished(config)
-    if checkpoint is None:
+    factors = Path(config.out) / FACTORS
+    if not factors.exists():
         with contextlib.closing(SharedStream(config, arm.deviations)) as stream:
             distill(config, stream)
-            (Path(config.out) / FACTORS).write_text(json.dumps(stream.factors))
-        checkpoint = _finished(config)
-        assert checkpoint is not None, "distill ends with a checkpoint"
-    factors = json.loads((Path(config.out) / FACTORS).read_text())
-    return Trained(arm, config, checkpoint, workshop.material, factors)
-
-
-def _finished(config: Config) -> Checkpoint | None:
-    path = newest_checkpoint(Path(config.out) / "checkpoints")
-    if path is None or not (Path(config.out) / FACTORS).exists():
-        return None
-    checkpoint = load_checkpoint(path)
-    return checkpoint if checkpoint.step == sum(s.steps for s in config.stages) else None
+            write_whole(factors, json.dumps(stream.factors))
+    newest = newest_checkpoint(Path(config.out) / "checkpoints")
+    assert newest is not None, "distill ends with a checkpoint"
+    checkpoint = load_checkpoint(newest)
+    return Trained(arm, config, checkpoint, workshop.material, json.loads(factors.read_text()))

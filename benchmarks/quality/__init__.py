@@ -8,4 +8,7 @@ A subject is what a column of the page is about: `pixels`, `constant`, each teac
 `control` (the student of teachers with random weights, if one is given), `step-...` (checkpoints of
 --curve). What is measured already, of the same weights, pictures and settings, is not measured
 again, so a run that was stopped goes on.
+
+`jobs` says what is measured of whom, `measure` does it, `store` keeps it; `compare` sets results
+side by side, `verdicts` says what they must show, and `page` writes all of it.
 """

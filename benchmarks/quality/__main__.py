@@ -8,14 +8,12 @@ import sys
 from pathlib import Path
 
 import benchmarks.quality
+from benchmarks.markdown import write_page
 from benchmarks.quality.jobs import TINY, Setting, subjects_of, teachers_called
 from benchmarks.quality.measure import Measurer
 from benchmarks.quality.page import page
 from benchmarks.quality.store import read_stored
 from radio.errors import RadioError
-from radio.files import write_whole
-
-ROOT = Path(__file__).parents[2]
 
 
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
@@ -43,10 +41,7 @@ def main(words: list[str] | None = None) -> None:
     if not given.page_only:
         _measure(given)
     link = os.path.relpath(given.out, given.page.parent)
-    text = page(read_stored(given.out), given.teachers, str(given.out), link)
-    given.page.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(given.page, text)
-    print(given.page)
+    write_page(given.page, page(read_stored(given.out), given.teachers, str(given.out), link))
 
 
 def _measure(given: argparse.Namespace) -> None:

@@ -3,30 +3,44 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.quality.jobs import CONSTANT, PIXELS, ROWS, STUDENT
+from benchmarks.quality.jobs import CONSTANT, PIXELS, ROWS, STUDENT, TEACHER, adaptor_to
 from benchmarks.quality.store import Record, Stored
 from radio.errors import RadioError
 from radio.evaluation.masks import ratio
 from radio.evaluation.result import Interval, Statistic, bootstrap, mean, paired_bootstrap
 from radio.evaluation.retrieval import TOP, mean_recall
+from radio.evaluation.segmentation import mean_iou
 
 AT = 5  # of retrieval
 COMPARED = ("summary", "text", "map", "masks")  # rows where more is better and a floor is known
+STATISTICS = {"segmentation": mean_iou, "masks": ratio, "retrieval": mean_recall}
 
 
 @dataclass(frozen=True)
 class Side:
-    """A score, and the values per picture that a statistic makes it from; none of a chance."""
+    """A score, the values per picture that a statistic makes it from (none of a guess), and whose.
+
+    `interval` is the score's own.
+    """
 
     score: float
     values: NDArray[Any] | None = None
+    interval: Interval | None = None
+    name: str = "guess"
+
+    @classmethod
+    def of(cls, record: Record) -> Side:
+        """Return a result as one side of a comparison, as `statistic_of` its row takes it."""
+        values = record.samples
+        if values is not None and ROWS[record.row].task == "retrieval":
+            values = values[:, :, [TOP.index(AT), -1]]
+        return cls(record.score, values, record.interval, record.subject)
 
 
 @dataclass(frozen=True)
@@ -41,10 +55,8 @@ class Retention:
 class Kept:
     """The student beside the best teacher of a row and size."""
 
-    row: str
     size: int | None
     floor: Side
-    floor_name: str
     teacher: Record
     student: Record
     retention: Retention
@@ -52,42 +64,8 @@ class Kept:
 
 
 def statistic_of(row: str) -> Statistic:
-    """Return what makes a row's score from the values that `values_of` gives."""
-    task = ROWS[row].task
-    by_task = {"segmentation": iou_of_counts, "masks": ratio, "retrieval": mean_recall}
-    return by_task.get(task, mean)
-
-
-def values_of(record: Record) -> NDArray[Any] | None:
-    """Return a result's values per picture as its statistic takes them, rows aligned."""
-    samples = record.samples
-    task = ROWS[record.row].task
-    if samples is None:
-        return None
-    if task == "segmentation":
-        return counts_of(samples)
-    if task == "retrieval":
-        return samples[:, :, [TOP.index(AT), -1]]
-    return samples
-
-
-def counts_of(confusions: NDArray[Any]) -> NDArray[np.int64]:
-    """Return right, labelled and predicted pixels [N, 3, classes] of [N, labelled, predicted]."""
-    right = np.diagonal(confusions, axis1=1, axis2=2)
-    return np.stack([right, confusions.sum(axis=2), confusions.sum(axis=1)], 1).astype(np.int64)
-
-
-def iou_of_counts(counts: NDArray[Any]) -> float:
-    """Return mIoU over the classes that are labelled, as radio.evaluation.segmentation does."""
-    right, labelled, predicted = counts.sum(axis=0)
-    present = labelled > 0
-    union = (labelled + predicted - right)[present]
-    return float((right[present] / union).mean()) if present.any() else 0.0
-
-
-def side(record: Record) -> Side:
-    """Return a result as one side of a comparison."""
-    return Side(record.score, values_of(record))
+    """Return what makes a row's score from the values of its pictures."""
+    return STATISTICS.get(ROWS[row].task, mean)
 
 
 def retention(student: Side, teacher: Side, floor: Side, statistic: Statistic) -> Retention:
@@ -119,15 +97,14 @@ def retention(student: Side, teacher: Side, floor: Side, statistic: Statistic) -
     return Retention(share, None if math.isnan(interval[0]) else interval)
 
 
-def floor_of(stored: Stored, teacher: Record) -> tuple[Side, str] | None:
-    """Return the floor of a teacher's row and what it is; None where it is not measured."""
-    row = ROWS[teacher.row]
-    if row.of == "text":
-        score = chance_of(teacher)
-        return Side(score), "chance"
-    subject, size = (CONSTANT, None) if row.of == "masks" else (PIXELS, teacher.size)
-    found = stored.one(row.name, subject, size if row.of == "map" else None)
-    return None if found is None else (side(found), subject)
+def floor_of(stored: Stored, row: str, size: int | None) -> Side | None:
+    """Return the floor of a row at a size; None where it is not measured."""
+    of = ROWS[row].of
+    if of == "text":
+        known = next(stored.of(row), None)
+        return None if known is None else Side(chance_of(known))
+    floor = stored.one(row, CONSTANT if of == "masks" else PIXELS, size if of == "map" else None)
+    return None if floor is None else Side.of(floor)
 
 
 def chance_of(record: Record) -> float:
@@ -140,51 +117,31 @@ def chance_of(record: Record) -> float:
     return float(1 - missed + AT / pictures) / 2
 
 
-def student_beside(stored: Stored, teacher: Record, subject: str = STUDENT) -> Record | None:
-    """Return the student's result of a teacher's row and size; None where there is none.
+def kept_of(stored: Stored, row: str, subject: str = STUDENT) -> list[Kept]:
+    """Return, at each size, what the student keeps of the best teacher's lead at that size.
 
     Through its adaptor to that teacher where texts or masks are decoded, and the backbone's own
     output elsewhere.
     """
-    with_adaptor = ROWS[teacher.row].of in ("text", "masks")
-    tag = teacher.subject.rpartition("_")[2] if with_adaptor else ""
-    return stored.one(teacher.row, subject, teacher.size, tag)
-
-
-def kept_of(stored: Stored, row: str, subject: str = STUDENT) -> list[Kept]:
-    """Return, at each size, what the student keeps of the best teacher's lead at that size."""
-    teachers = [r for r in stored.of(row) if r.facts["role"] == "teacher"]
-    if not teachers:
-        return []
-    best = max(teachers, key=_score)
+    best: dict[int | None, Record] = {}
+    for record in stored.of(row):
+        at = best.get(record.size)
+        if record.facts["role"] == TEACHER and (at is None or record.score > at.score):
+            best[record.size] = record
+    most = max((record.score for record in best.values()), default=0.0)
     found = []
-    for size in sorted({r.size for r in teachers}, key=lambda s: s or 0):
-        teacher = max((r for r in teachers if r.size == size), key=_score)
-        student, floor = student_beside(stored, teacher, subject), floor_of(stored, teacher)
-        if student is None or floor is None:
-            continue
-        share = retention(side(student), side(teacher), floor[0], statistic_of(row))
-        found.append(Kept(row, size, *floor, teacher, student, share, teacher is best))
+    for size, teacher in sorted(best.items(), key=lambda item: item[0] or 0):
+        tag = adaptor_to(teacher.subject) if ROWS[row].of in ("text", "masks") else ""
+        student, floor = stored.one(row, subject, size, tag), floor_of(stored, row, size)
+        if student is not None and floor is not None:
+            share = retention(Side.of(student), Side.of(teacher), floor, statistic_of(row))
+            found.append(Kept(size, floor, teacher, student, share, teacher.score == most))
     return found
-
-
-def _score(record: Record) -> float:
-    return record.score
 
 
 def difference(first: Record, second: Record) -> tuple[float, Interval | None]:
     """Return first - second with its paired 95 % interval, where both have values."""
-    a, b = values_of(first), values_of(second)
-    interval = None
-    if a is not None and b is not None:
-        interval = paired_bootstrap(a, b, statistic_of(first.row))
-    return first.score - second.score, interval
-
-
-def curve_of(stored: Stored, subjects: Sequence[str], row: str) -> list[Kept]:
-    """Return for each checkpoint what it keeps of the best teacher's lead."""
-    found = []
-    for subject in subjects:
-        kept = kept_of(stored, row, subject)
-        found += [one for one in kept if one.is_best] or kept[:1]
-    return found
+    a, b = Side.of(first).values, Side.of(second).values
+    if a is None or b is None:
+        return first.score - second.score, None
+    return first.score - second.score, paired_bootstrap(a, b, statistic_of(first.row))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,9 +12,9 @@ from radio.config import choices, load_teacher
 ADAPTORS = ("clip", "siglip", "dinov2", "sam")
 TEXT = ("clip", "siglip")
 PIXELS, CONSTANT, STUDENT, CONTROL = "pixels", "constant", "student", "control"
+TEACHER, CURVE = "teacher", "curve"
 TINY, FLICKR, COCO, PEOPLE = "tiny-imagenet-100", "flickr8k", "coco-instances", "people-masks"
 PIXELS_PX = 64  # of the summaries of raw pixels
-FLAGS = {"features": "--features", "adaptor": "--adaptor", "against": "--against"}
 
 
 @dataclass(frozen=True)
@@ -41,16 +41,9 @@ ROWS = {
         Row("coco", "segmentation, COCO", "segmentation", COCO, "map"),
         Row("people", "segmentation, people", "segmentation", PEOPLE, "map"),
         *(
-            Row(
-                f"masks-{prompt}-{short}",
-                f"masks by {prompt}, {short}",
-                "masks",
-                data,
-                "masks",
-                {"prompt": prompt},
-            )
-            for short, data in (("coco", COCO), ("people", PEOPLE))
-            for prompt in ("point", "box")
+            Row(f"masks-{p}-{on}", f"masks by {p}, {on}", "masks", data, "masks", {"prompt": p})
+            for on, data in (("coco", COCO), ("people", PEOPLE))
+            for p in ("point", "box")
         ),
         Row("rank", "RankMe", "rank", TINY, "else"),
         Row("shift", "shift error", "equivariance", COCO, "else"),
@@ -61,6 +54,11 @@ ROWS = {
 }
 
 
+def rows_of(*of: str) -> list[Row]:
+    """Return the rows that are about one of these."""
+    return [row for row in ROWS.values() if row.of in of]
+
+
 @dataclass(frozen=True)
 class Subject:
     """A column of the page: its label, what `radio evaluate` calls it, and its part."""
@@ -68,7 +66,11 @@ class Subject:
     label: str
     target: str
     role: str  # floor, teacher, student, control, curve
-    adaptor: str = ""  # of the student that stands for this teacher
+
+
+def adaptor_to(teacher: str) -> str:
+    """Return the adaptor of the student that stands for a teacher called <prefix>_<adaptor>."""
+    return teacher.rpartition("_")[2]
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,10 @@ class TeacherFacts:
 
 @dataclass(frozen=True)
 class Job:
-    """One run of a task. `tag` tells jobs of the same row and size apart: the adaptor."""
+    """One run of a task at a size in px, through the adaptor `tag` of an encoder if one is given.
+
+    `options` are what else the task is told.
+    """
 
     row: Row
     size: int | None
@@ -103,7 +108,14 @@ class Job:
     @property
     def all_options(self) -> dict[str, Any]:
         """What `radio.evaluation.result.Options` is given."""
-        return {**self.row.options, **self.options}
+        told: dict[str, Any] = {**self.row.options, **self.options}
+        if self.size is not None and "sizes" not in told:
+            told["size"] = self.size
+        if self.tag and self.row.of in ("text", "masks"):
+            told["adaptor"] = self.tag
+        if self.tag and self.row.of == "summary":
+            told["features"] = f"{self.tag}:summary"
+        return told
 
     def command(self, target: str, data: str) -> str:
         """Return the line that measures the same."""
@@ -111,20 +123,18 @@ class Job:
         words += ["--data", f"{data}/{self.row.data}"]
         for name, value in self.all_options.items():
             text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-            words += [FLAGS.get(name, f"--{name}"), text]
+            words += [f"--{name}", text]
         return shlex.join(words)
 
 
 def teachers_called(prefix: str) -> dict[str, TeacherFacts]:
     """Return by adaptor's name what the YAML of `<prefix>_<adaptor>` says, of those there are."""
-    found = {}
-    for adaptor in ADAPTORS:
-        if f"{prefix}_{adaptor}" in choices("teacher"):
-            card = load_teacher(f"{prefix}_{adaptor}").card
-            found[adaptor] = TeacherFacts(
-                card.native_size, "match" in card.view_modes, card.summary_dim is not None
-            )
-    return found
+    there = [name for name in ADAPTORS if f"{prefix}_{name}" in choices("teacher")]
+    cards = {name: load_teacher(f"{prefix}_{name}").card for name in there}
+    return {
+        name: TeacherFacts(c.native_size, "match" in c.view_modes, c.summary_dim is not None)
+        for name, c in cards.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -139,11 +149,12 @@ class Setting:
     def jobs(self, subject: Subject) -> list[Job]:
         """Return all that is measured of a subject, the quick first."""
         if subject.label == CONSTANT:
-            return [Job(row, None) for row in ROWS.values() if row.of == "masks"]
+            return [Job(row, None) for row in rows_of("masks")]
         if subject.label == PIXELS:
-            return [*self._maps(self.dense_sizes), Job(ROWS["rank"], PIXELS_PX), *_knn(PIXELS_PX)]
-        if subject.role == "teacher":
-            return list(self._of_teacher(subject))
+            whole = [Job(ROWS[name], PIXELS_PX) for name in ("rank", "knn")]
+            return [*_at(self.dense_sizes, "map"), *whole]
+        if subject.role == TEACHER:
+            return list(self._of_teacher(adaptor_to(subject.label)))
         return list(self._of_encoder(subject.role))
 
     @property
@@ -156,75 +167,50 @@ class Setting:
         """Every native size of a teacher that gives summaries."""
         return tuple(sorted({f.native for f in self.teachers.values() if f.has_summary}))
 
-    def _of_teacher(self, subject: Subject) -> Iterator[Job]:
-        facts = self.teachers[subject.adaptor]
-        if subject.adaptor in TEXT:
-            yield from self._text(facts.native)
-        if subject.adaptor == "sam":
-            yield from _masks(facts.native)
+    def _of_teacher(self, name: str) -> Iterator[Job]:
+        facts = self.teachers[name]
+        yield from self._through_decoders([name], as_adaptor=False)
         yield from _shapes(facts.sizes, facts.any_size)
-        yield from self._maps(facts.sizes)
-        yield Job(ROWS["rank"], facts.native, "", {"size": facts.native})
+        yield from _at(facts.sizes, "map")
+        yield Job(ROWS["rank"], facts.native)
         if facts.has_summary:
-            yield from _classified(facts.native)
+            yield from _at([facts.native], "summary")
 
     def _of_encoder(self, role: str) -> Iterator[Job]:
-        for adaptor in TEXT:
-            if adaptor in self.teachers:
-                yield from self._text(self.teachers[adaptor].native, adaptor)
-        if role == "curve":
-            yield from _knn(min(self.summary_sizes))
+        if role == CURVE:
+            yield from self._through_decoders([name for name in self.teachers if name in TEXT])
+            yield Job(ROWS["knn"], min(self.summary_sizes))
             return
-        if "sam" in self.teachers:
-            yield from _masks(self.teachers["sam"].native, "sam")
-        yield from self._maps(self.dense_sizes)
+        yield from self._through_decoders(self.teachers)
+        yield from _at(self.dense_sizes, "map")
+        yield from _at(self.summary_sizes, "summary")
         if role == STUDENT:
             yield from self._of_student_alone()
-        for size in self.summary_sizes:
-            yield from _classified(size)
-        if role == STUDENT:
-            for adaptor, facts in self.teachers.items():
-                if facts.has_summary:
-                    yield from _knn(facts.native, adaptor)
 
     def _of_student_alone(self) -> Iterator[Job]:
         ends = (min(self.dense_sizes), max(self.dense_sizes))
         yield Job(ROWS["mode-switch"], None, "", {"sizes": ends})
         yield from _shapes(self.dense_sizes, True)
-        yield Job(ROWS["rank"], min(self.summary_sizes), "", {"size": min(self.summary_sizes)})
-        for adaptor, facts in self.teachers.items():
-            output = f"{adaptor}:{'summary' if facts.has_summary else 'features'}"
-            shared = {"against": f"{self.prefix}_{adaptor}", "size": facts.native}
-            yield Job(ROWS["similarity"], facts.native, adaptor, {**shared, "features": output})
+        yield Job(ROWS["rank"], min(self.summary_sizes))
+        for name, facts in self.teachers.items():
+            output = f"{name}:{'summary' if facts.has_summary else 'features'}"
+            told = {"against": f"{self.prefix}_{name}", "features": output}
+            yield Job(ROWS["similarity"], facts.native, name, told)
+            if facts.has_summary:
+                yield Job(ROWS["knn"], facts.native, name)
 
-    def _text(self, size: int, adaptor: str = "") -> Iterator[Job]:
-        options: dict[str, Any] = {"size": size, **({"adaptor": adaptor} if adaptor else {})}
-        for name, classes in (("seen", self.seen), ("held-out", self.held_out)):
-            yield Job(ROWS[f"zero-shot-{name}"], size, adaptor, {**options, "classes": classes})
-        yield Job(ROWS["retrieval"], size, adaptor, options)
-
-    def _maps(self, sizes: Sequence[int]) -> Iterator[Job]:
-        for size in sizes:
-            for row in ROWS.values():
-                if row.of == "map":
-                    yield Job(row, size, "", {"size": size})
-
-
-def _knn(size: int, adaptor: str = "") -> Iterator[Job]:
-    features = {"features": f"{adaptor}:summary"} if adaptor else {}
-    yield Job(ROWS["knn"], size, adaptor, {"size": size, **features})
+    def _through_decoders(self, names: Iterable[str], as_adaptor: bool = True) -> Iterator[Job]:
+        """Yield what text towers and mask decoders make of teachers, or of adaptors to them."""
+        classes = {"zero-shot-seen": self.seen, "zero-shot-held-out": self.held_out}
+        for name in names:
+            of = "text" if name in TEXT else "masks" if name == "sam" else ""
+            for row in rows_of(of):
+                told = {"classes": classes[row.name]} if row.name in classes else {}
+                yield Job(row, self.teachers[name].native, name if as_adaptor else "", told)
 
 
-def _classified(size: int) -> Iterator[Job]:
-    yield from _knn(size)
-    yield Job(ROWS["linear"], size, "", {"size": size})
-
-
-def _masks(size: int, adaptor: str = "") -> Iterator[Job]:
-    options: dict[str, Any] = {"size": size, **({"adaptor": adaptor} if adaptor else {})}
-    for row in ROWS.values():
-        if row.of == "masks":
-            yield Job(row, size, adaptor, options)
+def _at(sizes: Sequence[int], of: str) -> list[Job]:
+    return [Job(row, size) for size in sizes for row in rows_of(of)]
 
 
 def _shapes(sizes: Sequence[int], any_size: bool) -> Iterator[Job]:
@@ -239,14 +225,12 @@ def subjects_of(
     setting: Setting, student: str, control: str | None, checkpoints: Sequence[str]
 ) -> list[Subject]:
     """Return every column, also those that cannot be measured yet."""
+    teachers = [f"{setting.prefix}_{name}" for name in ADAPTORS]
     return [
         Subject(PIXELS, PIXELS, "floor"),
         Subject(CONSTANT, "", "floor"),
-        *(
-            Subject(f"{setting.prefix}_{name}", f"{setting.prefix}_{name}", "teacher", name)
-            for name in ADAPTORS
-        ),
+        *(Subject(teacher, teacher, TEACHER) for teacher in teachers),
         Subject(STUDENT, student, STUDENT),
         *([Subject(CONTROL, control, CONTROL)] if control is not None else []),
-        *(Subject(path.rsplit("/", 1)[-1], path, "curve") for path in checkpoints),
+        *(Subject(path.rsplit("/", 1)[-1], path, CURVE) for path in checkpoints),
     ]

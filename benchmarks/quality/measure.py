@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import time
@@ -16,8 +17,8 @@ import yaml
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.quality.jobs import CONSTANT, Job, Setting, Subject
-from benchmarks.quality.store import COST, MISSING, key_of, write_record
+from benchmarks.quality.jobs import CONSTANT, CURVE, STUDENT, TEACHER, Job, Setting, Subject
+from benchmarks.quality.store import COST, MISSING, read_json, write_json, write_record
 from benchmarks.record import circumstances
 from radio.config import from_yaml
 from radio.errors import RadioError
@@ -28,7 +29,6 @@ from radio.evaluation.result import Options, Result, bootstrap
 from radio.evaluation.shapes import best_box_shape, best_point_shape, iou
 from radio.evaluation.target import Target
 from radio.evaluation.targets import resolve
-from radio.files import write_whole
 
 VERSION = 1  # raise it when the same weights, pictures and settings give other figures
 CONSTANT_PRINT = hashlib.sha256(CONSTANT.encode()).hexdigest()
@@ -39,46 +39,49 @@ class Measurer:
 
     def __init__(self, setting: Setting, data: str, out: Path) -> None:
         self.setting, self.data, self.out = setting, data, out
-        self.missing: dict[str, str] = {}
-        self._targets: dict[str, Target] = {}
-        self._pictures: dict[str, Pictures] = {}
+        self.target = functools.cache(resolve)
+        self.pictures = functools.cache(lambda name: Pictures(f"{data}/{name}"))
 
     def run(self, subjects: Sequence[Subject], chosen: Sequence[str]) -> None:
         """Measure the chosen subjects, or all; what cannot be measured is noted and said."""
         for order, subject in enumerate(subjects):
             if chosen and subject.label not in chosen:
                 continue
-            self.missing = {}
-            self._subject(order, subject)
-            self._note(subject.label)
+            missing = self._subject(order, subject)
+            for what, why in missing.items():
+                print(f"NOT MEASURED {what}: {why}", flush=True)
+            noted = read_json(self.out / MISSING).items()
+            others = {what: why for what, why in noted if what.split("/")[0] != subject.label}
+            write_json(self.out / MISSING, dict(sorted((others | missing).items())))
 
-    def _subject(self, order: int, subject: Subject) -> None:
+    def _subject(self, order: int, subject: Subject) -> dict[str, str]:
+        """Measure a subject and return what cannot be measured of it, and why."""
         try:
             target = None if subject.label == CONSTANT else self.target(subject.target)
         except RadioError as error:
-            self._lacks(subject.label, error)
-            return
-        facts: dict[str, Any] = {
-            "subject": subject.label,
-            "role": subject.role,
-            "order": order,
-        }
-        if subject.role == "curve":
+            return {subject.label: str(error)}
+        told = {"target": subject.target}
+        facts = {"subject": subject.label, "role": subject.role, "order": order, **told}
+        if subject.role == CURVE:
             facts["views_seen"] = views_seen(Path(subject.target))
-        folder = self.out / subject.label
-        if target is not None:
-            self._cost(folder, target, subject)
+        if target is not None and subject.role in (TEACHER, STUDENT):
+            self._cost(self.out / subject.label, target, told)
+        missing = {}
         for job in self.setting.jobs(subject):
             try:
-                self._job(folder, target, job, {**facts, "target": subject.target})
+                self._job(self.out / subject.label, target, job, facts)
             except RadioError as error:
-                self._lacks(f"{subject.label}/{job.name}", error)
+                missing[f"{subject.label}/{job.name}"] = str(error)
+        return missing
 
     def _job(self, folder: Path, target: Target | None, job: Job, facts: dict[str, Any]) -> None:
         pictures, options = self.pictures(job.row.data), Options(**job.all_options)
         print_ = CONSTANT_PRINT if target is None else target.fingerprint
-        key = self._key(job, print_, pictures, options)
-        if key_of(folder / f"{job.name}.json") == key:
+        against = None if options.against is None else self.target(options.against).fingerprint
+        decoder = None if target is None else decoder_print(target, job)
+        told = [VERSION, job.row.task, print_, pictures.fingerprint, against, decoder]
+        key = _hashed([*told, dataclasses.asdict(options)])
+        if read_json(folder / f"{job.name}.json").get("key") == key:
             return
         started = time.monotonic()
         if target is None:
@@ -102,49 +105,28 @@ class Measurer:
         write_record(folder, job.name, stored, result)
         print(f"{facts['subject']} {job.name}: {result.score:.4f} ({seconds:.0f} s)", flush=True)
 
-    def _key(self, job: Job, fingerprint: str, pictures: Pictures, options: Options) -> str:
-        against = None if options.against is None else self.target(options.against).fingerprint
-        told = [VERSION, job.row.task, fingerprint, pictures.fingerprint, against]
-        return _hashed([*told, dataclasses.asdict(options)])
-
-    def _cost(self, folder: Path, target: Target, subject: Subject) -> None:
+    def _cost(self, folder: Path, target: Target, told: dict[str, str]) -> None:
         sizes = self.setting.dense_sizes if target.takes_any_size else (target.native_size,)
         key = _hashed([VERSION, COST, target.fingerprint, sizes])
-        if subject.role not in ("teacher", "student") or key_of(folder / f"{COST}.json") == key:
-            return
-        facts = {
-            "key": key,
-            "fingerprint": target.fingerprint,
-            "target": subject.target,
-            **cost_of(target, sizes),
-            **circumstances(),
-        }
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / f"{COST}.json", json.dumps(facts, indent=1) + "\n")
+        if read_json(folder / f"{COST}.json").get("key") != key:
+            print_ = {"key": key, "fingerprint": target.fingerprint}
+            facts = {**print_, **told, **cost_of(target, sizes), **circumstances()}
+            write_json(folder / f"{COST}.json", facts)
 
-    def target(self, name: str) -> Target:
-        """Return a target, built once."""
-        if name not in self._targets:
-            self._targets[name] = resolve(name)
-        return self._targets[name]
 
-    def pictures(self, name: str) -> Pictures:
-        """Return a set, opened once."""
-        if name not in self._pictures:
-            self._pictures[name] = Pictures(f"{self.data}/{name}")
-        return self._pictures[name]
+def decoder_print(target: Target, job: Job) -> str | None:
+    """Return a SHA-256 over the text tower or mask decoder of a job, which no target's covers.
 
-    def _lacks(self, what: str, error: RadioError) -> None:
-        self.missing[what] = str(error)
-        print(f"NOT MEASURED {what}: {error}", flush=True)
-
-    def _note(self, label: str) -> None:
-        """Replace what is noted as missing of one subject."""
-        path = self.out / MISSING
-        noted = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        kept = {what: why for what, why in noted.items() if what.split("/")[0] != label}
-        self.out.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps({**kept, **self.missing}, indent=1, sort_keys=True) + "\n")
+    Raises:
+        RadioError: there is none.
+    """
+    decoders = {"text": target.text_tower, "masks": target.mask_decoder}
+    if job.row.of not in decoders:
+        return None
+    digest = hashlib.sha256()
+    for name, weight in decoders[job.row.of](job.tag or None).state_dict().items():
+        digest.update(name.encode() + weight.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def constant_masks(data: Pictures, options: Options) -> Result:
@@ -166,15 +148,15 @@ def cost_of(target: Target, sizes: Sequence[int]) -> dict[str, Any]:
     """
     own = [name for name in ("summary", "features") if name in target.names]
     adaptors = [name for name in target.names if name.split(":")[0] in target.facts]
+    modules = [value for value in vars(target).values() if isinstance(value, torch.nn.Module)]
+    weights = sum(weight.numel() for module in modules for weight in module.parameters())
     cost: dict[str, Any] = {
-        "parameters_m": _parameters(target) / 1e6,
+        "parameters_m": weights / 1e6,
         "gflop": {str(size): _gflop(target, size, own) for size in sizes},
     }
     if adaptors:
-        everything = [*own, *adaptors]
-        cost["gflop_with_adaptors"] = {
-            str(size): _gflop(target, size, everything) for size in sizes
-        }
+        whole = {str(size): _gflop(target, size, [*own, *adaptors]) for size in sizes}
+        cost["gflop_with_adaptors"] = whole
     return cost
 
 
@@ -183,11 +165,6 @@ def _gflop(target: Target, size: int, names: Sequence[str]) -> float:
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         target.extract(torch.zeros(1, 3, size, size, dtype=torch.uint8), names)
     return float(counter.get_total_flops()) / 1e9
-
-
-def _parameters(target: Target) -> int:
-    modules = [value for value in vars(target).values() if isinstance(value, torch.nn.Module)]
-    return sum(weight.numel() for module in modules for weight in module.parameters())
 
 
 def views_seen(checkpoint: Path) -> int:

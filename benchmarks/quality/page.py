@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from textwrap import shorten
 
-from benchmarks.quality.compare import COMPARED, Kept, chance_of, curve_of, kept_of
-from benchmarks.quality.jobs import ADAPTORS, CONSTANT, CONTROL, PIXELS, ROWS, STUDENT, Row
+from benchmarks.markdown import NONE, number, table
+from benchmarks.quality.compare import COMPARED, Kept, floor_of, kept_of
+from benchmarks.quality.jobs import (
+    ADAPTORS,
+    CONSTANT,
+    CONTROL,
+    CURVE,
+    PIXELS,
+    ROWS,
+    STUDENT,
+    Row,
+    rows_of,
+)
 from benchmarks.quality.store import Record, Stored
-from benchmarks.quality.verdicts import Verdict, number, verdicts
+from benchmarks.quality.verdicts import verdicts
 
-NONE = "–"
 REASON = 160  # characters of why something is missing; missing.json has the rest
-CURVE = ("knn", "zero-shot-seen", "zero-shot-held-out", "retrieval")
+OVER_PICTURES = ("knn", "zero-shot-seen", "zero-shot-held-out", "retrieval")
 HEAD = """# Results
 
 <!-- made by `make results`; do not edit -->
@@ -28,6 +39,10 @@ FLOORS = """The floor is raw pixels (their values at 64 px; for maps the mean co
 of each 4 x 4 px cell), a guess, or the constant shape that fits the train split's instances best,
 drawn round the point or into the box. `linear` has none: raw pixels have too many channels for it.
 """
+KEEPS = """(student - floor) / (best teacher's - floor) at the same size, all three resampled
+together. Bold where the teacher is the best at any size. The student's output is its
+backbone's, or its adaptor's where texts or masks are decoded.
+"""
 SCALES = {
     "rank": "the higher the more directions; of 1,000 pictures",
     "shift": "1 - cos after moving by 1 and 2 patches; lower is better",
@@ -37,99 +52,74 @@ SCALES = {
 }
 
 
-def page(stored: Stored, prefix: str, out: str, link: str) -> str:
-    """Return the whole page.
+def page(stored: Stored, prefix: str, out: str, link: str) -> list[str]:
+    """Return the lines of the page.
 
     Args:
         prefix: of the teachers' names.
         out: where the JSON files lie, as it is to be read; `link` leads there from the page.
     """
+    there = {record.subject for record in stored.records}
     columns = [*(f"{prefix}_{name}" for name in ADAPTORS), STUDENT]
-    columns += [CONTROL] if list(_all_of(stored, CONTROL)) else []
-    parts = [
-        [HEAD.format(out=out, link=link)],
-        _missing(stored, columns),
-        _main(stored, columns),
-        _kept(stored),
-        _curve(stored),
-        _costs(stored, columns),
-        _verdicts(verdicts(stored, prefix)),
-        _made(stored),
-    ]
-    return "\n".join(line for part in parts for line in part).rstrip() + "\n"
-
-
-def _all_of(stored: Stored, subject: str) -> Iterator[Record]:
-    return (record for record in stored.records if record.subject == subject)
-
-
-def _missing(stored: Stored, columns: Sequence[str]) -> list[str]:
-    reasons = dict(stored.missing)
-    for subject in (PIXELS, CONSTANT, *columns):
-        if not list(_all_of(stored, subject)):
-            reasons.setdefault(subject, "not yet")
-    if not reasons:
-        return []
+    columns += [CONTROL] if CONTROL in there else []
+    missing = {name: "not yet" for name in (PIXELS, CONSTANT, *columns) if name not in there}
     return [
-        "**Not measured:**",
-        "",
-        *(f"- `{what}`: {shorten(why, REASON)}" for what, why in sorted(reasons.items())),
-        "",
+        HEAD.format(out=out, link=link),
+        *_missing({**missing, **stored.missing}),
+        *["## Teachers and student", "", FLOORS, *_main(stored, columns)],
+        *["## What else is told of them", "", *_else(stored, columns)],
+        *["## What the student keeps", "", KEEPS, *_kept(stored)],
+        *_curve(stored),
+        *["## What they cost", "", *_costs(stored, columns)],
+        *["## What they must show", "", *_verdicts(stored, prefix)],
+        *_made(stored),
     ]
+
+
+def _missing(reasons: dict[str, str]) -> list[str]:
+    lines = [f"- `{what}`: {shorten(why, REASON)}" for what, why in sorted(reasons.items())]
+    return ["**Not measured:**", "", *lines, ""] if lines else []
 
 
 def _main(stored: Stored, columns: Sequence[str]) -> list[str]:
-    lines = ["## Teachers and student", "", FLOORS]
-    compared = [row for row in ROWS.values() if row.of in COMPARED]
-    lines += _table(
-        ["task", "px", "floor", *columns],
-        [
-            [row.title, str(size), _floor(stored, row, size), *_cells(stored, row, size, columns)]
-            for row in compared
-            for size in _sizes(stored, row, columns)
-        ],
-    )
-    lines += ["## What else is told of them", ""]
-    lines += _table(
-        ["measure", "px", *columns, "scale"],
-        [
-            [
-                row.title,
-                NONE if size is None else str(size),
-                *_cells(stored, row, size, columns),
-                SCALES[row.name],
-            ]
-            for row in ROWS.values()
-            if row.of == "else"
-            for size in _sizes(stored, row, columns)
-        ],
-    )
-    return lines
+    rows = [
+        [row.title, str(size), _floor(stored, row, size), *cells]
+        for row in rows_of(*COMPARED)
+        for size, cells in _cells(stored, row, columns)
+    ]
+    return table(["task", "px", "floor", *columns], rows)
 
 
-def _sizes(stored: Stored, row: Row, columns: Sequence[str]) -> list[int | None]:
-    found = {record.size for record in stored.of(row.name) if record.subject in columns}
-    return sorted(found, key=lambda size: size or 0)
+def _else(stored: Stored, columns: Sequence[str]) -> list[str]:
+    rows = [
+        [row.title, str(size or NONE), *cells, SCALES[row.name]]
+        for row in rows_of("else")
+        for size, cells in _cells(stored, row, columns)
+    ]
+    return table(["measure", "px", *columns, "scale"], rows)
 
 
-def _cells(stored: Stored, row: Row, size: int | None, columns: Sequence[str]) -> list[str]:
-    return [_cell([r for r in stored.of(row.name, c) if r.size == size]) for c in columns]
+def _floor(stored: Stored, row: Row, size: int | None) -> str:
+    floor = floor_of(stored, row.name, size)
+    if floor is None:
+        return NONE
+    return f"{'guess ' if row.of == 'text' else ''}{number(floor.score, floor.interval)}"
+
+
+def _cells(
+    stored: Stored, row: Row, columns: Sequence[str]
+) -> Iterator[tuple[int | None, list[str]]]:
+    """Yield each size of a row with its cells, a column each."""
+    sizes = {record.size for record in stored.of(row.name) if record.subject in columns}
+    for size in sorted(sizes, key=lambda size: size or 0):
+        yield size, [_cell([r for r in stored.of(row.name, c) if r.size == size]) for c in columns]
 
 
 def _cell(records: Sequence[Record]) -> str:
     """Return the scores of a column, one a line, with the adaptor that each was measured by."""
     ordered = sorted(records, key=lambda record: record.tag)
-    told = [f"{r.tag + ' ' if r.tag else ''}{number(r.score, r.interval)}" for r in ordered]
+    told = [f"{r.tag} {number(r.score, r.interval)}".lstrip() for r in ordered]
     return "<br>".join(told) or NONE
-
-
-def _floor(stored: Stored, row: Row, size: int | None) -> str:
-    if row.of == "text":
-        record = next((r for r in stored.of(row.name) if r.size == size), None)
-        return NONE if record is None else f"guess {chance_of(record):.3f}"
-    subject = CONSTANT if row.of == "masks" else PIXELS
-    record = stored.one(row.name, subject, size if row.of == "map" else None)
-    return NONE if record is None else _cell([record])
 
 
 def _kept(stored: Stored) -> list[str]:
@@ -143,19 +133,10 @@ def _kept(stored: Stored) -> list[str]:
             number(kept.student.score),
             _share(kept),
         ]
-        for row in ROWS.values()
-        if row.of in COMPARED
+        for row in rows_of(*COMPARED)
         for kept in kept_of(stored, row.name)
     ]
-    return [
-        "## What the student keeps",
-        "",
-        "(student - floor) / (best teacher's - floor) at the same size, all three resampled",
-        "together. Bold where the teacher is the best at any size. The student's output is its",
-        "backbone's, or its adaptor's where texts or masks are decoded.",
-        "",
-        *_table(["task", "px", "floor", "best teacher", "student", "kept"], rows),
-    ]
+    return table(["task", "px", "floor", "best teacher", "student", "kept"], rows)
 
 
 def _share(kept: Kept) -> str:
@@ -167,91 +148,64 @@ def _share(kept: Kept) -> str:
 
 def _curve(stored: Stored) -> list[str]:
     """Return what the checkpoints of a run keep over the pictures that they have seen."""
-    subjects = stored.subjects("curve")
-    if not subjects:
+    rows = []
+    for subject in stored.subjects(CURVE):
+        seen = next(r.facts["views_seen"] for r in stored.records if r.subject == subject)
+        cells = [_of_curve(kept_of(stored, row, subject)) for row in OVER_PICTURES]
+        rows.append([subject, f"{seen:,}", *cells])
+    if not rows:
         return []
-    by_row = {row: {k.student.subject: k for k in curve_of(stored, subjects, row)} for row in CURVE}
-    rows = [
-        [
-            subject,
-            f"{next(_all_of(stored, subject)).facts['views_seen']:,}",
-            *(_of_curve(by_row[row].get(subject)) for row in CURVE),
-        ]
-        for subject in subjects
-    ]
-    titles = [ROWS[row].title for row in CURVE]
-    return [
-        "## Over the pictures seen",
-        "",
-        "Score, and the share that is kept, of the checkpoints of the student's run.",
-        "",
-        *_table(["checkpoint", "views seen", *titles], rows),
-    ]
+    what = "Score, and the share that is kept, of the checkpoints of the student's run."
+    head = ["checkpoint", "views seen", *(ROWS[row].title for row in OVER_PICTURES)]
+    return ["## Over the pictures seen", "", what, "", *table(head, rows)]
 
 
-def _of_curve(kept: Kept | None) -> str:
+def _of_curve(several: Sequence[Kept]) -> str:
+    """Return what is kept of the best teacher, or of another where that one's size is not seen."""
+    kept = min(several, key=lambda kept: not kept.is_best, default=None)
     return NONE if kept is None else f"{number(kept.student.score)}, kept {_share(kept)}"
 
 
 def _costs(stored: Stored, columns: Sequence[str]) -> list[str]:
+    costs = {subject: stored.costs[subject] for subject in columns if subject in stored.costs}
     rows = []
-    for subject in columns:
-        cost = stored.costs.get(subject)
-        if cost is None:
-            continue
+    for subject, cost in costs.items():
+        whole = cost.get("gflop_with_adaptors", {})
         for size, gflop in cost["gflop"].items():
-            whole = cost.get("gflop_with_adaptors", {}).get(size)
-            rows.append(
-                [
-                    subject,
-                    f"{cost['parameters_m']:.2f}",
-                    size,
-                    f"{gflop:.3f}",
-                    NONE if whole is None else f"{whole:.3f}",
-                ]
-            )
+            figures = [number(gflop), number(whole.get(size))]
+            rows.append([subject, number(cost["parameters_m"], digits=2), size, *figures])
     return [
-        "## What they cost",
-        "",
         "GFLOP per image, 2 per multiply-add; text towers and mask decoders are not counted.",
         "",
-        *_table(["model", "M parameters", "px", "GFLOP", "with all adaptors"], rows),
+        *table(["model", "M parameters", "px", "GFLOP", "with all adaptors"], rows),
     ]
 
 
-def _verdicts(found: Sequence[Verdict]) -> list[str]:
+def _verdicts(stored: Stored, prefix: str) -> list[str]:
+    found = verdicts(stored, prefix)
     words = {True: "yes", False: "**no**", None: NONE}
-    held = sum(verdict.holds is True for verdict in found)
-    failed = sum(verdict.holds is False for verdict in found)
-    rows = [[v.what, v.needed, v.found, words[v.holds]] for v in found]
+    counts = Counter(verdict.holds for verdict in found)
     return [
-        "## What they must show",
+        f"{counts[True]} of {len(found)} lines hold, {counts[False]} do not, {counts[None]} are "
+        "not measured.",
         "",
-        f"{held} of {len(found)} lines hold, {failed} do not, {len(found) - held - failed} are not "
-        "measured.",
-        "",
-        *_table(["", "at least", "found", "holds"], rows),
+        *table(
+            ["", "at least", "found", "holds"],
+            [[v.what, v.needed, v.found, words[v.holds]] for v in found],
+        ),
     ]
 
 
 def _made(stored: Stored) -> list[str]:
-    if not stored.records:
+    facts = [record.facts for record in stored.records]
+    if not facts:
         return []
-    seconds = sum(record.facts["seconds"] for record in stored.records)
-    commits = sorted({record.facts["commit"] for record in stored.records})
-    versions = sorted(
-        {f"{k} {v}" for record in stored.records for k, v in record.facts["versions"].items()}
-    )
+    seconds = timedelta(seconds=round(sum(each["seconds"] for each in facts)))
+    commits = sorted({each["commit"] for each in facts})
+    versions = sorted({f"{k} {v}" for each in facts for k, v in each["versions"].items()})
     return [
         "## How it was made",
         "",
-        f"{len(stored.records)} results, {timedelta(seconds=round(seconds))} of work in all; "
-        f"commits {', '.join(commits)}; {', '.join(versions)}.",
+        f"{len(facts)} results, {seconds} of work in all; commits {', '.join(commits)}; "
+        f"{', '.join(versions)}.",
     ]
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    if not rows:
-        return ["Nothing yet.", ""]
-    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
-    return [*lines, *(f"| {' | '.join(row)} |" for row in rows), ""]

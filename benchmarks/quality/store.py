@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,56 +13,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from radio.errors import RadioError
-from radio.evaluation.result import Result
+from radio.evaluation.result import Interval, Result
 from radio.files import whole, write_whole
 
 COST, MISSING = "cost", "missing.json"
 
 
-@dataclass(frozen=True)
 class Record:
-    """A stored result and where it lies."""
+    """A stored result: its row, the subject and adaptor (`tag`) measured, and the size in px.
 
-    path: Path
-    facts: dict[str, Any]
+    `facts` are all that the file says.
+    """
 
-    @property
-    def subject(self) -> str:
-        """The column."""
-        return str(self.facts["subject"])
-
-    @property
-    def row(self) -> str:
-        """The row's name."""
-        return str(self.facts["row"])
-
-    @property
-    def tag(self) -> str:
-        """The adaptor that was measured, or nothing."""
-        return str(self.facts["tag"])
-
-    @property
-    def size(self) -> int | None:
-        """The side in px of what went in."""
-        size: int | None = self.facts["size"]
-        return size
-
-    @property
-    def score(self) -> float:
-        """The task's score."""
-        return float(self.facts["result"]["score"])
-
-    @property
-    def interval(self) -> tuple[float, float] | None:
-        """Its 95 % interval."""
-        found = self.facts["result"]["interval"]
-        return None if found is None else (found[0], found[1])
-
-    @property
-    def details(self) -> dict[str, Any]:
-        """The task's details."""
-        details: dict[str, Any] = self.facts["result"]["details"]
-        return details
+    def __init__(self, path: Path, facts: dict[str, Any]) -> None:
+        self.path, self.facts = path, facts
+        self.subject: str = facts["subject"]
+        self.row: str = facts["row"]
+        self.tag: str = facts["tag"]
+        self.size: int | None = facts["size"]
+        result = facts["result"]
+        self.score: float = result["score"]
+        self.interval: Interval | None = result["interval"] and tuple(result["interval"])
+        self.details: dict[str, Any] = result["details"]
 
     @cached_property
     def samples(self) -> NDArray[Any] | None:
@@ -75,27 +47,29 @@ class Record:
         return found
 
 
-def write_record(folder: Path, name: str, facts: dict[str, Any], result: Result) -> None:
+def write_record(folder: Path, name: str, facts: Mapping[str, Any], result: Result) -> None:
     """Write a result's JSON after its samples, so that a JSON file is never without them."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     if result.samples is not None:
+        samples = np.asarray(result.samples)
+        if np.array_equal(samples.astype(np.int32), samples):  # which takes no room where it is 0
+            samples = samples.astype(np.int32)
         with whole(path.with_suffix(".npz")) as temporary, temporary.open("wb") as file:
-            np.savez_compressed(file, samples=_small(np.asarray(result.samples)))
-    write_whole(path, json.dumps({**facts, "result": result.as_dict()}, indent=1) + "\n")
+            np.savez_compressed(file, samples=samples)
+    write_json(path, {**facts, "result": result.as_dict()})
 
 
-def _small(samples: NDArray[Any]) -> NDArray[Any]:
-    """Return whole numbers as int32, which take no room when most are 0."""
-    as_int = samples.astype(np.int32)
-    return as_int if np.array_equal(as_int, samples) else samples
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a JSON file whole, making its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(values, indent=1) + "\n")
 
 
-def key_of(path: Path) -> str | None:
-    """Return what decides a stored figure; None when there is none."""
-    if not path.exists():
-        return None
-    return str(json.loads(path.read_text(encoding="utf-8")).get("key"))
+def read_json(path: Path) -> dict[str, Any]:
+    """Return what a JSON file says; nothing where there is none."""
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return found
 
 
 @dataclass(frozen=True)
@@ -114,13 +88,11 @@ class Stored:
 
     def one(self, row: str, subject: str, size: int | None = None, tag: str = "") -> Record | None:
         """Return the record of a subject, at any size if none is given; None when there is none."""
-        for record in self.of(row, subject):
-            if record.tag == tag and size in (None, record.size):
-                return record
-        return None
+        found = (r for r in self.of(row, subject) if r.tag == tag and size in (None, r.size))
+        return next(found, None)
 
     def subjects(self, role: str) -> list[str]:
-        """Return the subjects of a role that have records, in the order of their names."""
+        """Return the subjects of a role that have records, in the order of their columns."""
         found = {r.subject: r.facts["order"] for r in self.records if r.facts["role"] == role}
         return sorted(found, key=lambda label: (found[label], label))
 
@@ -131,21 +103,17 @@ def read_stored(out: Path) -> Stored:
     Raises:
         RadioError: a subject's results are of different weights.
     """
-    records, costs = [], {}
-    for path in sorted(out.glob("*/*.json")):
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        if path.stem == COST:
-            costs[path.parent.name] = facts
-        else:
-            records.append(Record(path, facts))
-    for subject in {record.subject for record in records}:
-        prints = {r.facts["fingerprint"] for r in records if r.subject == subject}
-        prints |= {costs[subject]["fingerprint"]} if subject in costs else set()
-        if len(prints) > 1:
+    files = {path: read_json(path) for path in sorted(out.glob("*/*.json"))}
+    weights: dict[str, str] = {}
+    for path, facts in files.items():
+        label = path.parent.name
+        if weights.setdefault(label, facts["fingerprint"]) != facts["fingerprint"]:
             raise RadioError(
-                f"the results of '{subject}' in {out} are of different weights; measure it to the "
+                f"the results of '{label}' in {out} are of different weights; measure it to the "
                 "end, or delete what is old"
             )
-    missing = out / MISSING
-    reasons = json.loads(missing.read_text(encoding="utf-8")) if missing.exists() else {}
-    return Stored(records, costs, reasons)
+    return Stored(
+        [Record(path, facts) for path, facts in files.items() if path.stem != COST],
+        {path.parent.name: facts for path, facts in files.items() if path.stem == COST},
+        read_json(out / MISSING),
+    )
