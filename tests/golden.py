@@ -15,7 +15,9 @@ GOLDEN = Path(__file__).parent / "golden" / "tiny_losses.json"
 
 def tiny_losses(folder: Path) -> list[dict[str, float]]:
     """Train 20 steps and return the losses of each."""
-    out = distill(tiny_config(folder, steps=20)).out
+    config = tiny_config(folder, steps=20)
+    config.student.size = "tiny"
+    out = distill(config).out
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [record["losses"] for record in records if "losses" in record]
 

@@ -39,9 +39,9 @@ def shared_config(root: Path, options: dict[str, Any]) -> Config:
     return config
 
 
-def main() -> None:
-    root, gradients, options = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
-    config = shared_config(root, options)
+def train(root: Path, gradients: Path, options: dict[str, Any]) -> None:
+    """Train the run of `shared_config` and write its first step's gradients."""
+    config = shared_config(root, dict(options))
     kept: dict[str, torch.Tensor] = {}
 
     def keep(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -56,11 +56,14 @@ def main() -> None:
             }
         )
 
-    register_optimizer_step_pre_hook(keep)
-    distill(config)
+    hook = register_optimizer_step_pre_hook(keep)
+    try:
+        distill(config)
+    finally:
+        hook.remove()
     if os.environ.get("RANK", "0") == "0":
         save_file(kept, gradients)
 
 
 if __name__ == "__main__":
-    main()
+    train(Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]))

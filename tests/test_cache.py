@@ -34,6 +34,7 @@ from radio.targets.target_maker import CodedTarget, Request, StandardizerFile
 from radio.training.checkpoint import load_checkpoint
 from radio.training.distill import distill
 
+pytestmark = pytest.mark.usefixtures("no_report")
 BF16 = Request("train", "bf16", {})
 
 

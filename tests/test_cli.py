@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -23,6 +24,7 @@ from radio.targets.target_maker import StandardizerFile
 from radio.training.distill import distill
 
 ROOT = Path(__file__).parents[1]
+Radio = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def radio(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -34,6 +36,23 @@ def radio(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         timeout=300,
         check=False,
     )
+
+
+@pytest.fixture
+def radio_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Radio:
+    """`radio` in this process, which has imported everything: each start takes seconds."""
+
+    def run(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, "argv", ["radio", *words])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        code = stopped.value.code or 0
+        assert isinstance(code, int)
+        return subprocess.CompletedProcess(words, code, *capsys.readouterr())
+
+    return run
 
 
 def test_help_teaches_every_verb(tmp_path: Path) -> None:
@@ -77,21 +96,12 @@ def test_teachers_as_json_has_every_card(tmp_path: Path) -> None:
     ],
 )
 def test_mistakes_exit_with_2_and_no_traceback(
-    words: list[str],
-    said: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    words: list[str], said: str, tmp_path: Path, radio_here: Radio
 ) -> None:
-    """In this process, which has imported everything: eight starts would take half a minute."""
     (tmp_path / "empty").mkdir()
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["radio", *words])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    assert stopped.value.code == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and said in error
+    done = radio_here(*words, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and said in done.stderr
 
 
 def test_a_mistake_in_a_process_of_its_own(tmp_path: Path) -> None:
@@ -100,9 +110,11 @@ def test_a_mistake_in_a_process_of_its_own(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr and "nowhere" in done.stderr
 
 
-def test_a_dry_run_prints_config_and_plan_and_runs_nothing(tmp_path: Path) -> None:
+def test_a_dry_run_prints_config_and_plan_and_runs_nothing(
+    tmp_path: Path, radio_here: Radio
+) -> None:
     write_pictures(tmp_path / "photos", 24)
-    done = radio(
+    done = radio_here(
         "train", "--dry-run", "experiment=demo", "data.train=photos", "data.val=null", cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
@@ -115,21 +127,26 @@ def test_doctor_names_what_it_looked_at(tmp_path: Path) -> None:
     assert {"python", "torch", "ray", "memory", "disk here"} <= {f["what"] for f in findings}
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return distill(tiny_config(tmp_path_factory.mktemp("undisturbed"), steps=20)).out
+
+
 @pytest.mark.parametrize(
     "number",
     [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL],
 )
 def test_a_stopped_process_resumes_with_the_same_bits(
-    number: signal.Signals, tmp_path: Path
+    number: signal.Signals, undisturbed: Path, tmp_path: Path
 ) -> None:
     """SIGINT and SIGTERM end after a whole step, saved; SIGKILL falls back to a checkpoint."""
-    config = tiny_config(tmp_path, steps=12)
+    config = tiny_config(tmp_path, steps=20)
     program = (
         "import sys, pathlib; sys.path.insert(0, sys.argv[2])\n"
         "from radio.cli import main\n"
         "from radio import config as c\n"
         "from tiny import tiny_config\n"
-        "config = tiny_config(pathlib.Path(sys.argv[1]), steps=12)\n"
+        "config = tiny_config(pathlib.Path(sys.argv[1]), steps=20)\n"
         "c.load = lambda overrides: config\n"
         "sys.argv = ['radio', 'train']\n"
         "main()\n"
@@ -143,10 +160,7 @@ def test_a_stopped_process_resumes_with_the_same_bits(
     _, said = process.communicate(timeout=120)
     assert process.returncode == (-9 if number == signal.SIGKILL else 130), said
     distill(config)
-    whole = tiny_config(tmp_path, steps=12)
-    whole.out = str(tmp_path / "whole")
-    distill(whole)
-    assert losses_of(config.out) == losses_of(whole.out)
+    assert losses_of(config.out) == losses_of(undisturbed)
     if number != signal.SIGKILL:
         assert "the same command resumes" in " ".join(said.split())
 
@@ -157,8 +171,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return distill(tiny_config(tmp_path_factory.mktemp("trained"), steps=2)).out
 
 
-def test_a_run_is_fused_and_encodes_pictures(trained: Path, tmp_path: Path) -> None:
-    done = radio("fuse", str(trained), "encoder", cwd=tmp_path)
+def test_a_run_is_fused_and_encodes_pictures(
+    trained: Path, tmp_path: Path, radio_here: Radio
+) -> None:
+    done = radio_here("fuse", str(trained), "encoder", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, "encoder\n"), done.stderr
     photos = write_pictures(tmp_path / "photos", 3)
     (photos / "p001.png").write_bytes((photos / "p001.png").read_bytes()[:200])
@@ -179,11 +195,13 @@ def test_a_run_is_fused_and_encodes_pictures(trained: Path, tmp_path: Path) -> N
     rows = pq.read_table(tmp_path / "out" / "data" / "00000.parquet").to_pylist()
     assert [row["status"] for row in rows] == ["ok", "failed", "ok"]
     assert len(rows[0]["parts:summary"]) == 6 and rows[1]["parts:summary"] is None
-    assert radio(*words, "--overwrite", cwd=tmp_path).returncode == 3
+    assert radio_here(*words, "--overwrite", cwd=tmp_path).returncode == 3
 
 
-def test_evaluate_measures_what_the_run_did(trained: Path, tmp_path: Path) -> None:
-    done = radio("evaluate", str(trained), "--json", "-", cwd=tmp_path)
+def test_evaluate_measures_what_the_run_did(
+    trained: Path, tmp_path: Path, radio_here: Radio
+) -> None:
+    done = radio_here("evaluate", str(trained), "--json", "-", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     (after,) = [record for record in rows_of(trained) if record["step"] == 2]

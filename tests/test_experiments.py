@@ -266,6 +266,7 @@ def test_the_anchor_is_what_the_student_starts_from() -> None:
 def test_adapt_runs_on_a_few_pictures_and_starts_as_the_encoder(tmp_path: Path) -> None:
     """At a learning rate of 0 the new encoder is the old one."""
     first = tiny_config(tmp_path / "first", steps=2)
+    first.student.size = "tiny"
     old = fuse(distill(first).out, tmp_path / "old")
     config = load(
         [

@@ -16,7 +16,9 @@ from radio import config as configuration
 from radio.checks import check
 from radio.config import Config, load, to_yaml
 from radio.training.distill import distill
+from radio.training.losses import FEATURE_LOSSES, SUMMARY_LOSSES
 
+pytestmark = pytest.mark.usefixtures("no_report")
 # Keys of Hydra's own shape (groups, lists of dataclasses), which overrides reach by their leaves.
 CONTAINERS = ("teachers", "students", "stages")
 
@@ -114,8 +116,10 @@ FIRST_STEP: dict[str, tuple[list[tuple[str, object]], set[str]]] = {
     "checkpointing": ([("student.checkpointing", True)], set()),
     "log_every_steps": ([("log_every_steps", 2)], set()),
     "cache": ([("cache", "kept"), ("data.repeat_epochs", 1)], set()),
-    "hybrid": ([("losses.feature", "hybrid")], FEATURES),
-    "angle": ([("losses.summary", "angle")], SUMMARIES),
+    **{name: ([("losses.feature", name)], FEATURES) for name in FEATURE_LOSSES if name != "mse"},
+    **{
+        name: ([("losses.summary", name)], SUMMARIES) for name in SUMMARY_LOSSES if name != "cosine"
+    },
     "larger": ([("losses.grid", "larger")], {"words/features"}),
     "standardizer": ([("teachers.parts.standardizer", "global_scale")], {"parts/features"}),
     "fit_steps": ([("fit.steps", 1)], FEATURES),

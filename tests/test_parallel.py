@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from one_of_several import shared_config
+from one_of_several import shared_config, train
 from safetensors.torch import load_file
 from test_distill import losses_of, rows_of
 from tiny import tiny_config, write_pictures
@@ -32,12 +32,17 @@ TESTS = Path(__file__).parent
 
 
 def run(root: Path, name: str, processes: int, **options: Any) -> tuple[Path, Path]:
-    """Run a tiny run in so many processes; return its folder and its first gradients."""
+    """Run a tiny run in so many processes; return its folder and its first gradients.
+
+    One is this one: each start of Python takes longer than the run.
+    """
     out, gradients = root / name, root / f"{name}.safetensors"
     options["out"] = str(out)
-    start = [sys.executable]
-    if processes > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    if processes == 1:
+        train(root, gradients, options)
+        return out, gradients
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    start += [f"--nproc-per-node={processes}"]
     arguments = [str(TESTS / "one_of_several.py"), str(root), str(gradients), json.dumps(options)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(

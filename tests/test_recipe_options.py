@@ -18,7 +18,8 @@ from radio.training.balance import BALANCES
 from radio.training.checkpoint import find_checkpoint
 from radio.training.distill import distill
 from radio.training.learner import build_balance
-from radio.training.losses import FEATURE_LOSSES, SUMMARY_LOSSES
+
+pytestmark = pytest.mark.usefixtures("no_report")
 
 
 def with_options(config: Config, **options: object) -> Config:
@@ -30,6 +31,7 @@ def with_options(config: Config, **options: object) -> Config:
     return config
 
 
+# What every loss and grid moves is in test_overrides.
 OPTIONS: dict[str, dict[str, object]] = {
     "damp": {"student__damp": 0.1},
     "ada_loss": {"losses__balance": "ada_loss"},
@@ -37,9 +39,6 @@ OPTIONS: dict[str, dict[str, object]] = {
     "ema": {"optimizer__ema_decay": 0.9},
     "lamb": {"optimizer__name": "lamb"},
     "muon": {"optimizer__name": "muon"},
-    **{f"feature_{name}": {"losses__feature": name} for name in FEATURE_LOSSES if name != "mse"},
-    **{f"summary_{name}": {"losses__summary": name} for name in SUMMARY_LOSSES if name != "cosine"},
-    "larger": {"losses__grid": "larger"},
     "spectral": {"student__spectral": True},
     "drop_path": {"student__drop_path": 0.3},
     "checkpointing": {"student__checkpointing": True},

@@ -37,7 +37,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     config.stages[0].frozen_trunk_steps = config.stages[0].steps
     first = StageConfig(1, {"low": replace(config.stages[0].partitions["low"], batch=24)})
     config.stages.insert(0, first)
-    config.student.init = "no_such_vit"
+    config.student.size, config.student.init = "tiny", "no_such_vit"
     for teacher in config.teachers.values():
         teacher.pretrained = "no_such_weights"
     config.optimizer.ema_decay = 0.9

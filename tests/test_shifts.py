@@ -29,6 +29,7 @@ from radio.training.checkpoint import find_checkpoint
 from radio.training.distill import distill
 from radio.training.equivariance import shift_features
 
+pytestmark = pytest.mark.usefixtures("no_report")
 PATCH, GRID, MARGIN = 8, 4, 2
 
 

@@ -24,6 +24,8 @@ from radio.training.distill import distill
 from radio.training.optim import learning_rate
 from radio.training.refit import refit_adaptor
 
+pytestmark = pytest.mark.usefixtures("no_report")
+
 
 def two_stages(root: Path, refit: bool = True) -> Config:
     """Three steps without `edges`, then three with it, at other resolutions and another rate."""

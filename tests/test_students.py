@@ -20,6 +20,8 @@ from radio.targets.target_maker import Request
 from radio.training.checkpoint import find_checkpoint
 from radio.training.distill import distill, students_of
 
+pytestmark = pytest.mark.usefixtures("no_report")
+
 
 class CountingStream(LocalStream):
     """A LocalStream that knows which steps its teachers were asked for."""

@@ -11,6 +11,7 @@ import yaml
 
 from teachers import Teacher, build_teacher, count_running, kinds
 from teachers.base import redraw_constants
+from teachers.weights import shipped
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "teacher"
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
@@ -247,8 +248,7 @@ def test_clip_and_siglip_refuse_each_other_s_towers():
         built("demo_siglip", model="demo-clip")
 
 
-OWN = ("pocket_",)  # weights of this package
-DOWNLOADED = [name for name in NAMES if described(name)["pretrained"] and not name.startswith(OWN)]
+DOWNLOADED = [name for name in NAMES if described(name)["pretrained"] and name not in shipped()]
 
 
 @pytest.mark.parametrize("name", DOWNLOADED)

@@ -20,6 +20,7 @@ from radio.targets.target_maker import Request
 from radio.targets.upsampler import FileUpsampler
 from radio.training.distill import distill
 
+pytestmark = pytest.mark.usefixtures("no_report")
 CPU = torch.device("cpu")
 
 

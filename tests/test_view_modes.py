@@ -24,6 +24,7 @@ from radio.targets.target_maker import Request, TargetMaker
 from radio.targets.view_modes import VIEW_MODES
 from radio.training.distill import distill
 
+pytestmark = pytest.mark.usefixtures("no_report")
 REQUEST = Request("train", "float32", {})
 
 

