@@ -29,8 +29,8 @@ def local_file(name: str, pretrained: str) -> Path | None:
 
     Raises ValueError when it is written like a file that does not exist.
     """
-    if pretrained in shipped():
-        return shipped()[pretrained]
+    if (own := shipped().get(pretrained)) is not None:
+        return own
     path = Path(pretrained).expanduser()
     if path.is_file():
         return path

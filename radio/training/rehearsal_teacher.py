@@ -149,9 +149,8 @@ def _maker(
     try:
         with without_weights():
             teacher = build_teacher(wanted.kind, name, dict(wanted.options), None, config.seed)
-    except (
-        NotImplementedError
-    ) as error:  # torch's, where a library moves weights that are not there
+    # What torch raises where a library moves weights that are not there.
+    except NotImplementedError as error:
         needed = bytes_needed(parameters, FLOAT32)
         raise LeftOut(
             f"needs {gigabytes(needed)}, {gigabytes(available)} are free, and its library does not "

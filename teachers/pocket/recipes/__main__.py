@@ -188,7 +188,7 @@ def main() -> None:
     names = ("clip", "siglip", "dinov2", "sam")
     parser.add_argument("names", nargs="*", default=names)
     parser.add_argument("--data", type=Path, required=True, help="folder of the image sets")
-    parser.add_argument("--work", type=Path, default=Path("runs/pocket"))
+    parser.add_argument("--work", type=Path, default=Path("runs/pocket_teachers"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
