@@ -139,11 +139,41 @@ def test_points_and_boxes_belong_to_their_masks() -> None:
     assert asked is not None
     assert len(asked.masks) == sam.PROMPTS  # by turns, where there are fewer
     assert {int(mask.sum()) for mask in asked.masks} == {70 * 90, 50 * 240}
+    assert asked.pointed.all()
     for mask, point, box in zip(asked.masks, asked.points, asked.boxes, strict=True):
         assert mask[int(point[1]), int(point[0])] == 1
         rows, columns = mask.nonzero(as_tuple=True)
         tight = torch.tensor([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
         assert (box - tight).abs().max() <= 10
+
+
+def test_superpixels_are_asked_for_by_boxes_alone() -> None:
+    image = torch.zeros(3, sam.SIZE, sam.SIZE, dtype=torch.uint8)
+    image[:, :, 100:] = 255
+    maps = torch.from_numpy(sam.superpixels(image, 300.0).astype(np.int32))[None]
+    assert set(maps.unique().tolist()) == {-2, -1}
+    both = sam.ask(sam.Labelled(image, maps), np.random.default_rng(0))
+    maps[0, 20:90, 120:190] = 1
+    mixed = sam.ask(sam.Labelled(image, maps), np.random.default_rng(0))
+    assert both is not None and mixed is not None
+    assert len(both.boxes) == sam.PROMPTS and both.points.shape == (0, 2)
+    assert len(mixed.points) == int(mixed.pointed.sum()) < sam.PROMPTS
+    for mask, (x, y) in zip(mixed.masks[mixed.pointed], mixed.points.long().tolist(), strict=True):
+        assert int(mask.sum()) == 70 * 70
+        assert mask[y, x] == 1
+
+
+def test_a_canvas_without_masks_is_drawn_again() -> None:
+    plain = torch.full((3, 300, 300), 128, dtype=torch.uint8)  # one superpixel, as large as all
+    maps = torch.zeros(1, 300, 300, dtype=torch.int32)
+    maps[0, 100:200, 100:200] = 1
+    outlined = {name: [sam.Labelled(plain, maps)] for name in sam.SHARES}
+    canvases, generator = sam.Canvases(outlined, [plain]), np.random.default_rng(0)
+    assert sam.ask(sam.Labelled(plain, torch.zeros_like(maps)), generator) is None
+    for _ in range(20):
+        canvas, asked = canvases.draw(generator)
+        assert canvas.image.shape == (3, sam.SIZE, sam.SIZE)
+        assert len(asked.masks) == sam.PROMPTS
 
 
 def test_hidden_patches_are_a_block_in_every_other_picture() -> None:

@@ -67,7 +67,9 @@ def draw(result: Result) -> Figure:
     else:
         _draw_bars(axes, bars, result)
     what = result.details.get("score_is", "score")
-    axes.set_title(f"{result.task} of {result.target}\n{what}: {_score(result)}", loc="left")
+    # Above the whole figure: long labels of bars leave little room above the axes.
+    title = f"{result.task} of {result.target}\n{what}: {_score(result)}"
+    figure.suptitle(title, x=0.01, ha="left", size="medium")
     return figure
 
 

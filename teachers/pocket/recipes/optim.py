@@ -1,4 +1,4 @@
-"""Muon for the matrices of a transformer's blocks, AdamW for everything else."""
+"""Muon for the matrices of transformers, AdamW for everything else."""
 
 from __future__ import annotations
 

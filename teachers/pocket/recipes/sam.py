@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from scipy.ndimage import distance_transform_edt
 from segment_anything.modeling import (
@@ -53,15 +53,17 @@ OPTIONS: dict[str, Any] = {
     "neck": NECK,
     "decoder": {"heads": 4, "mlp_width": 512, "iou_width": 128},
 }
-SHARES = {"coco-instances": 0.4, "people-masks": 0.35, "camvid": 0.25}  # of outlined canvases
+SHARES = {"coco-instances": 0.5, "people-masks": 0.3, "camvid": 0.2}  # of outlined canvases
 MIN_AREA = 0.005  # share of the canvas that a mask must have to be asked for
-PROMPTS = 16  # asked in a canvas by points, and as many by boxes: the decoder costs little
-LR = 8e-4
+# Few canvases and prompts in a step, and many steps: how a box or a point becomes a place in the
+# picture is learnt slowly, and more of them in a step hardly hasten it.
+BATCH, PROMPTS = 2, 8  # canvases; masks asked for in each by points, and as many by boxes
+LR = {"encoder": 1e-3, "decoder": 2e-3}
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """A picture and its label maps; regions of a map are numbered from 1, 0 is none."""
+    """A picture and its label maps: regions from 1 up, superpixels from -1 down, 0 is none."""
 
     image: Image3
     maps: Int[Tensor, "maps h w"]
@@ -127,12 +129,12 @@ def regions(labels: NDArray[Any]) -> NDArray[Any]:
 
 
 def superpixels(image: Image3, scale: float) -> NDArray[Any]:
-    """Return Felzenszwalb's regions (2004) of a picture, numbered from 1."""
+    """Return Felzenszwalb's regions (2004) of a picture, numbered from -1 down."""
     from skimage.segmentation import felzenszwalb
 
     picture = image.permute(1, 2, 0).numpy()
     least = picture.shape[0] * picture.shape[1] // 100
-    return np.asarray(felzenszwalb(picture, scale=scale, sigma=0.8, min_size=least)) + 1
+    return -1 - np.asarray(felzenszwalb(picture, scale=scale, sigma=0.8, min_size=least))
 
 
 def annotated(folder: Path) -> dict[str, list[Labelled]]:
@@ -141,7 +143,7 @@ def annotated(folder: Path) -> dict[str, list[Labelled]]:
     for sample in samples(folder / "coco-instances", "train"):
         image, things, stuff = rgb(sample["jpg"]), grey(sample["png"]), grey(sample["sem.png"])
         maps = [things.numpy(), regions(stuff.numpy())]
-        found["coco-instances"] += [_labelled(image, maps), _labelled(image, maps[:1])]
+        found["coco-instances"] += [_labelled(image, maps), *2 * [_labelled(image, maps[:1])]]
     for sample in samples(folder / "people-masks", "train"):
         found["people-masks"].append(_labelled(rgb(sample["jpg"]), [grey(sample["png"]).numpy()]))
     for sample in samples(folder / "camvid", "train"):
@@ -176,8 +178,14 @@ class Canvases:
         )
         self.colour = v2.ColorJitter(0.3, 0.3, 0.3, 0.05)
 
-    def draw(self, generator: np.random.Generator) -> Labelled:
-        """Return the next canvas, [3, 256, 256]."""
+    def draw(self, generator: np.random.Generator) -> tuple[Labelled, Asked]:
+        """Return the next canvas [3, 256, 256] that has masks to ask for, and what is asked."""
+        while True:
+            canvas = self._canvas(generator)
+            if (asked := ask(canvas, generator)) is not None:
+                return canvas, asked
+
+    def _canvas(self, generator: np.random.Generator) -> Labelled:
         kind = generator.random()
         if kind < 0.65:
             return self._view(self._outlined(generator), SIZE, generator)
@@ -185,7 +193,7 @@ class Canvases:
             return self._view(self._oversegmented(generator), SIZE, generator)
         tiles = [self._view(self._any(generator), SIZE // 2, generator) for _ in range(4)]
         image = _square([tile.image for tile in tiles])
-        apart = [tile.maps[:1] + (tile.maps[:1] > 0) * 1000 * at for at, tile in enumerate(tiles)]
+        apart = [tile.maps[:1] + tile.maps[:1].sign() * 1000 * at for at, tile in enumerate(tiles)]
         return Labelled(image, _square(apart))
 
     def _any(self, generator: np.random.Generator) -> Labelled:
@@ -219,43 +227,59 @@ def _square(parts: Sequence[Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class Asked:
-    """The masks [n, 256, 256] asked for in a canvas, and for each a point or a box (in px)."""
+    """The masks asked for in a canvas by boxes, and of them by points; both in px."""
 
     masks: Float[Tensor, "n h w"]
-    points: Float[Tensor, "n 2"]
     boxes: Float[Tensor, "n 4"]
+    pointed: Bool[Tensor, " n"]
+    points: Float[Tensor, "pointed 2"]
 
 
 def ask(canvas: Labelled, generator: np.random.Generator) -> Asked | None:
-    """Draw the masks to ask for: a point inside each, and its box, moved a little.
+    """Draw the masks to ask for: each one's box, moved a little, and a point inside.
 
     Where there are few masks they are asked for again, by other points and boxes. Half of the
-    points are any of the mask's, half the one farthest from its border, which is where
-    people click and what task `masks` asks for.
+    points are any of the mask's, half the one farthest from its border, which is where people
+    click and what task `masks` asks for. Superpixels have boxes alone: a point in one does not
+    say how large a region is meant.
     """
     found = []
     for labels in canvas.maps:
         numbers, counts = labels.unique(return_counts=True)
-        large = (counts >= MIN_AREA * SIZE * SIZE) & (counts <= 0.9 * SIZE * SIZE) & (numbers > 0)
-        found += [labels == number for number in numbers[large]]
+        large = (counts >= MIN_AREA * SIZE * SIZE) & (counts <= 0.9 * SIZE * SIZE) & (numbers != 0)
+        found += [(labels == number, bool(number > 0)) for number in numbers[large]]
     if not found:
         return None
-    order = np.resize(generator.permutation(len(found)), PROMPTS)
-    masks = torch.stack([found[at] for at in order])
-    points, boxes = [], []
-    for mask in masks:
-        rows, columns = mask.nonzero(as_tuple=True)
-        if generator.random() < 0.5:
-            at = int(generator.integers(len(rows)))
-        else:
-            away = distance_transform_edt(np.pad(mask.numpy(), 1))[1:-1, 1:-1]
-            at = int(away[rows, columns].argmax())
-        points.append([float(columns[at]) + 0.5, float(rows[at]) + 0.5])
-        box = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1], dtype=float)
-        sides = np.array([box[2] - box[0], box[3] - box[1]] * 2)
-        moved = box + np.clip(generator.normal(0, 0.05, 4) * sides, -10, 10)
-        boxes.append(np.clip(moved, 0, SIZE).tolist())
-    return Asked(masks.float(), torch.tensor(points), torch.tensor(boxes))
+    chosen = [found[at] for at in np.resize(generator.permutation(len(found)), PROMPTS)]
+    boxes = [box_of(mask, generator) for mask, _ in chosen]
+    points = [point_of(mask, generator) for mask, outlined in chosen if outlined]
+    return Asked(
+        torch.stack([mask for mask, _ in chosen]).float(),
+        torch.tensor(boxes),
+        torch.tensor([outlined for _, outlined in chosen]),
+        torch.tensor(points).reshape(-1, 2),
+    )
+
+
+def point_of(mask: Bool[Tensor, "h w"], generator: np.random.Generator) -> list[float]:
+    """Return the middle (x, y) of one of a mask's pixels."""
+    rows, columns = mask.nonzero(as_tuple=True)
+    if generator.random() < 0.5:
+        at = int(generator.integers(len(rows)))
+    else:
+        away = distance_transform_edt(np.pad(mask.numpy(), 1))[1:-1, 1:-1]
+        at = int(away[rows, columns].argmax())
+    return [float(columns[at]) + 0.5, float(rows[at]) + 0.5]
+
+
+def box_of(mask: Bool[Tensor, "h w"], generator: np.random.Generator) -> list[float]:
+    """Return a mask's box (left, top, right, bottom), each side moved by some of its length."""
+    rows, columns = mask.nonzero(as_tuple=True)
+    box = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1], dtype=float)
+    sides = np.array([box[2] - box[0], box[3] - box[1]] * 2)
+    moved = box + np.clip(generator.normal(0, 0.05, 4) * sides, -10, 10)
+    clipped: list[float] = np.clip(moved, 0, SIZE).tolist()
+    return clipped
 
 
 def mask_losses(
@@ -284,52 +308,69 @@ def mask_losses(
 
 
 def train_sam(
-    sam: Sam, canvases: Canvases, path: Path, *, batch: int, steps: int, seed: int
+    sam: Sam, canvases: Canvases, path: Path, *, steps: int, seed: int
 ) -> list[dict[str, float]]:
     """Train the whole model; return the curve."""
-    blocks = sam.image_encoder.blocks
-    optimizer = build_muon(blocks, sam.parameters(), LR)
-    saved = Checkpoint(path, {"sam": sam, "optimizer": optimizer}, torch.Generator())
+    optimizers = build_optimizers(sam)
+    saved = Checkpoint(path, {"sam": sam, **optimizers}, torch.Generator())
+    recent: dict[str, list[float]] = {}
     while saved.step < steps:
-        for group in optimizer.param_groups:
-            group["lr"] = LR * schedule(saved.step, steps)
         generator = np.random.default_rng([seed, saved.step])
-        drawn = [canvases.draw(generator) for _ in range(batch)]
-        asked = [ask(canvas, generator) for canvas in drawn]
-        pairs = [(c, a) for c, a in zip(drawn, asked, strict=True) if a is not None]
-        loss, point, box = _step(sam, pairs)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        told = _step(sam, [canvases.draw(generator) for _ in range(BATCH)])
+        sam.zero_grad(set_to_none=True)
+        told["loss"].backward()
         nn.utils.clip_grad_norm_(sam.parameters(), 1.0)
-        optimizer.step()
-        if saved.step % 20 == 0:
-            saved.told(loss=loss.item(), point=point.item(), box=box.item())
+        for name, optimizer in optimizers.items():
+            for group in optimizer.param_groups:
+                group["lr"] = LR[name] * schedule(saved.step, steps)
+            optimizer.step()
+        for name, value in told.items():
+            recent.setdefault(name, []).append(value.item())
+        if saved.step % 50 == 49:
+            saved.told(**{name: float(np.nanmean(values)) for name, values in recent.items()})
+            recent.clear()
         saved.done(saved.step == steps - 1)
     return saved.curve
 
 
-def _step(sam: Sam, pairs: Sequence[tuple[Labelled, Asked]]) -> tuple[Tensor, Tensor, Tensor]:
+def build_optimizers(sam: Sam) -> dict[str, torch.optim.Optimizer]:
+    """Return Muon for the encoder, which is no longer new, and for the rest."""
+    encoder, decoder = sam.image_encoder, sam.mask_decoder
+    others = [*sam.prompt_encoder.parameters(), *decoder.parameters()]
+    matrices = nn.ModuleList([decoder.transformer, decoder.output_hypernetworks_mlps])
+    return {
+        "encoder": build_muon(encoder.blocks, encoder.parameters(), LR["encoder"]),
+        "decoder": build_muon(matrices, others, LR["decoder"]),
+    }
+
+
+def _step(sam: Sam, pairs: Sequence[tuple[Labelled, Asked]]) -> dict[str, Tensor]:
+    """Return the loss, and the mean IoUs of the masks chosen by points and by boxes."""
     pixels = torch.stack([canvas.image for canvas, _ in pairs]).float() / 255
     mean, std = (torch.tensor(c).view(3, 1, 1) for c in (IMAGENET_MEAN, IMAGENET_STD))
     embedded = sam.image_encoder((pixels - mean) / std)
     positions = sam.prompt_encoder.get_dense_pe()
     losses, points, boxes = [], [], []
     for features, (_, asked) in zip(embedded, pairs, strict=True):
-        count = len(asked.masks)
+        count = len(asked.points)
         inside = torch.ones(count, 1, dtype=torch.int)
         # Two tokens each: a point and a pad, or two corners. So one pass of the decoder does both.
-        point, dense = sam.prompt_encoder((asked.points[:, None], inside), None, None)
-        box, _ = sam.prompt_encoder(None, asked.boxes, None)
+        point, _ = sam.prompt_encoder((asked.points[:, None], inside), None, None)
+        box, dense = sam.prompt_encoder(None, asked.boxes, None)
         logits, iou = sam.mask_decoder(
             image_embeddings=features[None],
             image_pe=positions,
             sparse_prompt_embeddings=torch.cat([point, box]),
-            dense_prompt_embeddings=dense.repeat(2, 1, 1, 1),
+            dense_prompt_embeddings=torch.cat([dense[:count], dense]),
             multimask_output=True,
         )
         wanted = F.interpolate(asked.masks[:, None], (LOW, LOW), mode="area")[:, 0]
-        loss, chosen = mask_losses(logits, iou, wanted.repeat(2, 1, 1))
+        loss, chosen = mask_losses(logits, iou, torch.cat([wanted[asked.pointed], wanted]))
         losses.append(loss)
-        points.append(chosen[:count].mean())
-        boxes.append(chosen[count:].mean())
-    return torch.stack(losses).mean(), torch.stack(points).mean(), torch.stack(boxes).mean()
+        points.append(chosen[:count])
+        boxes.append(chosen[count:])
+    return {
+        "loss": torch.stack(losses).mean(),
+        "point": torch.cat(points).mean(),
+        "box": torch.cat(boxes).mean(),
+    }
