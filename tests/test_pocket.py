@@ -39,6 +39,11 @@ def text_tower(name: str) -> TextTower:
     return build_text_tower(config["kind"], name, config["options"], config["pretrained"], 0)
 
 
+def normalised(teacher: Teacher, pixels: torch.Tensor) -> torch.Tensor:
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (teacher.mean, teacher.std))
+    return (pixels - mean) / std
+
+
 WITH_TEXT = [name for name in SHIPPED if described(name)["kind"] in TEXT_KINDS]
 
 
@@ -100,8 +105,7 @@ def test_words_find_their_photograph(name: str) -> None:
     teacher, tower = built(name), text_tower(name)
     side = teacher.native_size
     pixels = torch.stack([resized(photograph(file), 1, side) for file in WORDS]).float() / 255
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (teacher.mean, teacher.std))
-    summary = teacher((pixels - mean) / std).summary
+    summary = teacher(normalised(teacher, pixels)).summary
     assert summary is not None
     cosines = torch.nn.functional.normalize(summary, dim=1) @ tower(list(WORDS.values())).T
     assert cosines.argmax(1).tolist() == [0, 1, 2]
@@ -119,11 +123,6 @@ def test_the_vocabulary_is_small_and_case_means_nothing(name: str) -> None:
 
 
 PHOTOGRAPHS = ["chelsea.png", "coffee.png", "rocket.jpg", "astronaut.png", "china.jpg", "brick.png"]
-
-
-def normalised(teacher: Teacher, pixels: torch.Tensor) -> torch.Tensor:
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (teacher.mean, teacher.std))
-    return (pixels - mean) / std
 
 
 @torch.no_grad()
@@ -176,4 +175,4 @@ def overlap_with_discs(pretrained: str | None, prompt: str) -> float:
 @pytest.mark.parametrize("prompt", ["point", "box"])
 def test_sam_finds_a_disc_on_photographs(prompt: str) -> None:
     assert overlap_with_discs(None, prompt) < 0.3
-    assert overlap_with_discs("pocket_sam", prompt) > {"point": 0.4, "box": 0.6}[prompt]
+    assert overlap_with_discs("pocket_sam", prompt) > {"point": 0.4, "box": 0.75}[prompt]

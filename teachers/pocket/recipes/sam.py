@@ -334,7 +334,7 @@ def train_sam(
 
 
 def build_optimizers(sam: Sam) -> dict[str, torch.optim.Optimizer]:
-    """Return Muon for the encoder, which is no longer new, and for the rest."""
+    """Return Muon for the encoder, slower because it is no longer new, and for the rest."""
     encoder, decoder = sam.image_encoder, sam.mask_decoder
     others = [*sam.prompt_encoder.parameters(), *decoder.parameters()]
     matrices = nn.ModuleList([decoder.transformer, decoder.output_hypernetworks_mlps])
