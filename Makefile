@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[all]"
 	@touch $(STAMP)
 
-demo: $(STAMP)  ## the whole idea on real photographs, about 2.5 minutes on two cores
+demo: $(STAMP)  ## the whole idea on real photographs, less than 4 minutes on two cores
 	$(BIN)/radio demo
 
 test: check  ## checks, then the fast tests (real Ray, no network)

@@ -118,7 +118,7 @@ def test_a_dry_run_prints_config_and_plan_and_runs_nothing(
         "train", "--dry-run", "experiment=demo", "data.train=photos", "data.val=null", cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
-    assert "24 train" in done.stdout and "partition low: 16 views at 128 px" in done.stdout
+    assert "24 train" in done.stdout and "partition low: 8 views at 128 px" in done.stdout
     assert not (tmp_path / "runs").exists()
 
 

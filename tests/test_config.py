@@ -72,7 +72,7 @@ def test_an_override_reaches_its_leaf_and_nothing_else() -> None:
             ["no stage", "more", "~teachers.more"],
         ),
         (["experiment=demo", "stages.0.refit=true"], ["stages[0].refit", "always fits"]),
-        (["experiment=demo", "stages.0.frozen_trunk_steps=61"], ["frozen_trunk_steps", "60"]),
+        (["experiment=demo", "stages.0.frozen_trunk_steps=111"], ["frozen_trunk_steps", "110"]),
         (["experiment=demo", f"{LOW}.image_sizes=[96,128,200]"], ["200", "192 and 208"]),
         (["experiment=demo", f"{LOW}.image_sizes=[96]"], ["image_size is 128", "[96]"]),
         (["experiment=demo", "data.train=[a"], ["'[a'", "needs quotes"]),
