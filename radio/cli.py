@@ -49,8 +49,8 @@ def demo(overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Show the whole idea on 14 photographs: four teachers, one student, one encoder folder.
 
     Writes runs/demo/{report.html, metrics.jsonl, checkpoints/, encoder/, features/}. The teachers
-    are the trained pocket ones, the student is new: the demo shows how it learns from them, and
-    `radio.load("pocket")` is what it becomes from more pictures.
+    are the trained pocket ones, the student is new: the demo shows how it begins to learn from
+    them. experiment=pocket is the same on more pictures.
     """
     from ray_jobs.demo import demo as run_demo
     from ray_jobs.demo import demo_config
