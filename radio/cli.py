@@ -137,11 +137,12 @@ def fuse(
         Path, typer.Argument(help="A run, a checkpoint, or one of NVIDIA's .pth.tar files.")
     ],
     target: Annotated[Path, typer.Argument(help="The encoder folder to write.")],
+    half: Annotated[bool, typer.Option("--half", help="Store float16: half the bytes.")] = False,
 ) -> None:
     """Fuse a checkpoint into one encoder folder that transformers loads natively."""
     from radio.encoder.fuse import fuse as fuse_checkpoint
 
-    out.print(fuse_checkpoint(source, target))
+    out.print(fuse_checkpoint(source, target, half))
 
 
 @app.command()
@@ -194,7 +195,8 @@ def evaluate(
     target: Annotated[
         str,
         typer.Argument(
-            help="An encoder folder, run, checkpoint, teacher's name or YAML, timm name, or pixels."
+            help="An encoder folder or shipped name (pocket), a run, a checkpoint, a teacher's name "
+            "or YAML, a timm name, or pixels."
         ),
     ],
     task: Annotated[

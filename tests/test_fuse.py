@@ -226,9 +226,11 @@ def test_the_config_says_what_was_fused(run: Path, fused: Path) -> None:
     assert config["adaptors"]["words"]["feature_dim"] == 8
     assert "summary_dim" not in config["adaptors"]["edges"]
     assert (config["num_cls_tokens"], config["num_registers"]) == (2, 6)
-    assert config["image_size"] == 64 and config["origin"]["step"] == 1
+    assert config["image_size"] == 64
     assert (config["vitdet_num_windowed"], config["vitdet_num_global"]) == (None, 4)
-    checkpoint = find_checkpoint(run).config
+    found = find_checkpoint(run)
+    assert config["origin"] == {"step": 1, "views": found.views_seen, "data": found.state["data"]}
+    checkpoint = found.config
     for name, block in config["adaptors"].items():
         assert block["options"] == checkpoint.teachers[name].options
         assert (block["kind"], block["pretrained"], block["seed"]) == ("fake", None, 0)

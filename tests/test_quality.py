@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 from data_folder import write_folder
 from small_encoder import small_weights
 from tiny import tiny_config
@@ -40,16 +39,16 @@ from benchmarks.quality.jobs import (
     subjects_of,
     teachers_called,
 )
-from benchmarks.quality.measure import Measurer, cost_of, decoder_print, views_seen
+from benchmarks.quality.measure import Measurer, cost_of, decoder_print
 from benchmarks.quality.page import page
 from benchmarks.quality.store import Stored, read_stored, write_record
 from benchmarks.quality.verdicts import Verdict, verdicts
 from radio import cli
-from radio.config import to_yaml
 from radio.errors import RadioError
 from radio.evaluation import command as command_module
 from radio.evaluation.result import Options, Result, bootstrap, mean
 from radio.evaluation.target_kinds import EncoderTarget, PixelsTarget
+from radio.training.checkpoint import Checkpoint
 from radio.training.cost import vit_gflop
 
 TEACHERS = {
@@ -155,12 +154,11 @@ def test_the_guess_of_a_retrieval_is_that_of_random_orders(tmp_path: Path) -> No
 def test_views_are_those_of_the_steps_that_were_taken(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, steps=6)
     (stage,) = config.stages
-    config = replace(config, stages=[stage, replace(stage, steps=4)])
     each = sum(partition.batch for partition in stage.partitions.values())
-    (tmp_path / "config.yaml").write_text(to_yaml(config))
-    for step in (2, 6, 9):
-        (tmp_path / "state.yaml").write_text(yaml.safe_dump({"step": step}))
-        assert views_seen(tmp_path) == step * each
+    double = {name: replace(one, batch=2 * one.batch) for name, one in stage.partitions.items()}
+    config = replace(config, stages=[stage, replace(stage, steps=4, partitions=double)])
+    for step, views in ((2, 2 * each), (6, 6 * each), (9, 12 * each)):
+        assert Checkpoint(tmp_path, step, {}, {}, config, {}).views_seen == views
 
 
 def test_gflop_of_an_encoder_are_those_of_its_shape() -> None:

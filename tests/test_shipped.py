@@ -10,6 +10,7 @@ import torch
 from picture_zoo import colours
 from safetensors.torch import load_file, save_file
 from small_encoder import photographs, write_small
+from transformers import AutoModel
 
 import radio
 from radio.cli import main
@@ -32,12 +33,6 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(shipped_module, "HERE", folder)
     monkeypatch.chdir(tmp_path)
     return folder
-
-
-def halved(folder: Path) -> None:
-    for path in folder.glob("*.safetensors"):
-        tensors = load_file(path)
-        save_file({k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}, path)
 
 
 def test_what_ships_is_an_encoder_of_at_most_15_mb() -> None:
@@ -77,7 +72,9 @@ def test_an_unknown_name_lists_those_that_ship(place: Path) -> None:
 
 def test_half_precision_on_disk_is_float32_in_memory(tmp_path: Path) -> None:
     whole = radio.load(write_small(tmp_path / "whole"))
-    halved(write_small(tmp_path / "half"))
+    radio.fuse(tmp_path / "whole", tmp_path / "half", half=True)
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("half", "whole")]
+    assert sizes[0] < 0.6 * sizes[1]
     encoder = radio.load(tmp_path / "half")
     assert {value.dtype for value in encoder.state_dict().values()} == {torch.float32}
     images = photographs(2)
@@ -88,8 +85,22 @@ def test_half_precision_on_disk_is_float32_in_memory(tmp_path: Path) -> None:
         assert 0 < error < 5e-3, name
     low = radio.load(tmp_path / "half", dtype=torch.bfloat16)
     assert low.encode(images, "words:summary")["words:summary"].dtype == torch.bfloat16
-    fused = radio.fuse(tmp_path / "half", tmp_path / "again")
-    assert radio.load(fused).fingerprint == encoder.fingerprint
+    for half in (False, True):
+        fused = radio.fuse(tmp_path / "half", tmp_path / "again", half)
+        assert radio.load(fused).fingerprint == encoder.fingerprint
+    alone = AutoModel.from_pretrained(tmp_path / "half")
+    assert {value.dtype for value in alone.parameters()} == {torch.float32}
+
+
+def test_weights_too_large_for_half_precision_are_not_stored(tmp_path: Path) -> None:
+    folder = write_small(tmp_path / "whole")
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("attn.qkv.bias"))
+    tensors[name][0] = 1e5
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(RadioError, match=rf"{name} has values .* without --half"):
+        radio.fuse(folder, tmp_path / "half", half=True)
+    assert not (tmp_path / "half").exists()
 
 
 def test_encode_takes_the_shipped_encoder_when_none_is_named(

@@ -13,14 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.quality.jobs import CONSTANT, CURVE, STUDENT, TEACHER, Job, Setting, Subject
 from benchmarks.quality.store import COST, MISSING, read_json, write_json, write_record
 from benchmarks.record import circumstances
-from radio.config import from_yaml
 from radio.errors import RadioError
 from radio.evaluation.evaluate import measure
 from radio.evaluation.masks import asked_of, ratio
@@ -29,6 +27,7 @@ from radio.evaluation.result import Options, Result, bootstrap
 from radio.evaluation.shapes import best_box_shape, best_point_shape, iou
 from radio.evaluation.target import Target
 from radio.evaluation.targets import resolve
+from radio.training.checkpoint import find_checkpoint
 
 VERSION = 1  # raise it when the same weights, pictures and settings give other figures
 CONSTANT_PRINT = hashlib.sha256(CONSTANT.encode()).hexdigest()
@@ -63,7 +62,7 @@ class Measurer:
         told = {"target": subject.target}
         facts = {"subject": subject.label, "role": subject.role, "order": order, **told}
         if subject.role == CURVE:
-            facts["views_seen"] = views_seen(Path(subject.target))
+            facts["views_seen"] = find_checkpoint(Path(subject.target)).views_seen
         if target is not None and subject.role in (TEACHER, STUDENT):
             self._cost(self.out / subject.label, target, told)
         missing = {}
@@ -165,18 +164,6 @@ def _gflop(target: Target, size: int, names: Sequence[str]) -> float:
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         target.extract(torch.zeros(1, 3, size, size, dtype=torch.uint8), names)
     return float(counter.get_total_flops()) / 1e9
-
-
-def views_seen(checkpoint: Path) -> int:
-    """Return the views that a student was trained on before a checkpoint was written."""
-    config = from_yaml((checkpoint / "config.yaml").read_text(encoding="utf-8"))
-    left = yaml.safe_load((checkpoint / "state.yaml").read_text(encoding="utf-8"))["step"]
-    views = 0
-    for stage in config.stages:
-        steps = min(left, stage.steps)
-        views += steps * sum(partition.batch for partition in stage.partitions.values())
-        left -= steps
-    return views
 
 
 def _hashed(value: Any) -> str:

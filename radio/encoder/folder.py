@@ -20,6 +20,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
 from radio.encoder.layout import from_disk
 from radio.encoder.published import read_pth, read_remote
@@ -182,11 +183,15 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def write_folder(weights: Weights, card: str, out: Path) -> None:
+def write_folder(weights: Weights, card: str, out: Path, half: bool = False) -> None:
     """Write the folder under a temporary name and rename it; an older encoder is replaced.
 
+    Args:
+        half: store float16 instead of float32.
+
     Raises:
-        RadioError: `out` holds files that are no encoder folder's.
+        RadioError: `out` holds files that are no encoder folder's, or a weight is too large for
+            float16.
     """
     out = out.resolve()  # a link stays, and "." has a name
     refuse_foreign(out)
@@ -194,7 +199,7 @@ def write_folder(weights: Weights, card: str, out: Path) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        _write_files(weights, card, temporary)
+        _write_files(weights, card, temporary, half)
         if out.exists():
             out.rename(old)
         temporary.rename(out)
@@ -205,7 +210,7 @@ def write_folder(weights: Weights, card: str, out: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
 
 
-def _write_files(weights: Weights, card: str, folder: Path) -> None:
+def _write_files(weights: Weights, card: str, folder: Path, half: bool) -> None:
     beside: State = {}
     if isinstance(weights, TrunkWeights):
         disk, beside[QUERY] = timm_state(weights.trunk), weights.trunk.query.detach()
@@ -214,16 +219,24 @@ def _write_files(weights: Weights, card: str, folder: Path) -> None:
         disk = to_disk(weights.backbone, weights.summary_rows)
         _write_json(folder / CONFIG, config_of(weights))
         _write_json(folder / PREPROCESSOR, preprocessor_of(weights))
-    save_tensors(disk, folder / MODEL, {"format": "pt"})
     heads = {
         f"{name}.{kind}.{key}": value.float().contiguous().clone()
         for name, teacher in weights.teachers.items()
         for kind, state in teacher.states.items()
         for key, value in state.items()
     }
-    save_tensors({**beside, **heads}, folder / ADAPTORS, {"format": "pt"})
+    for name, tensors in ((MODEL, disk), (ADAPTORS, {**beside, **heads})):
+        stored = {key: _halved(key, value) for key, value in tensors.items()} if half else tensors
+        save_tensors(stored, folder / name, {"format": "pt"})
     (folder / "README.md").write_text(card)
     write_sums(folder)
+
+
+def _halved(name: str, tensor: Tensor) -> Tensor:
+    stored = tensor.half() if tensor.is_floating_point() else tensor
+    if not stored.isfinite().all():
+        raise RadioError(f"{name} has values that float16 cannot hold; fuse without --half")
+    return stored
 
 
 def refuse_foreign(out: Path) -> None:

@@ -32,16 +32,18 @@ from student.radio_layout import State, below
 from student.vit import SIZES
 
 
-def fuse(checkpoint: str | Path, out: str | Path) -> Path:
+def fuse(checkpoint: str | Path, out: str | Path, half: bool = False) -> Path:
     """Write the encoder folder of `checkpoint` to `out` and return its path.
 
     Args:
         checkpoint: a `step-*` folder, a run folder (its newest checkpoint), NVIDIA's `.pth.tar`,
             or a folder that `radio.load` takes.
         out: the folder to write; an encoder folder there is replaced.
+        half: store float16, which `radio.load` and transformers widen again.
 
     Raises:
-        RadioError: nothing of that kind there, or `out` holds something that is no encoder.
+        RadioError: nothing of that kind there, `out` holds something that is no encoder, or
+            float16 cannot hold a weight.
     """
     source, target = Path(checkpoint), Path(out)
     refuse_foreign(target)
@@ -51,7 +53,7 @@ def fuse(checkpoint: str | Path, out: str | Path) -> Path:
         weights = weights_of(find_checkpoint(source))
     build_backbone(weights)  # strict: a folder that cannot be loaded is not written
     build_heads(weights.teachers)
-    write_folder(weights, model_card(weights), target)
+    write_folder(weights, model_card(weights), target, half)
     return target
 
 
@@ -64,7 +66,11 @@ def weights_of(checkpoint: Checkpoint) -> Weights:
     student = checkpoint.config.student
     last_partitions = checkpoint.config.stages[-1].partitions.values()
     image_size = max(partition.image_size for partition in last_partitions)
-    origin = {"step": checkpoint.step, "data": checkpoint.state["data"]}
+    origin = {
+        "step": checkpoint.step,
+        "views": checkpoint.views_seen,
+        "data": checkpoint.state["data"],
+    }
     if student.backbone is not None:
         trunk = filled_trunk(student.backbone, student.patch_size, num_cls, state)
         return TrunkWeights(trunk, teachers, image_size, origin)

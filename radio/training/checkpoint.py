@@ -46,6 +46,16 @@ class Checkpoint:
         """The state dict of the student to evaluate and fuse: the average where there is one."""
         return self.tensors.get("ema", self.tensors["model"])
 
+    @property
+    def views_seen(self) -> int:
+        """The views that the student was trained on before this checkpoint was written."""
+        left, views = self.step, 0
+        for stage in self.config.stages:
+            steps = min(left, stage.steps)
+            views += steps * sum(partition.batch for partition in stage.partitions.values())
+            left -= steps
+        return views
+
 
 def save_checkpoint(
     folder: Path,
