@@ -195,8 +195,8 @@ def evaluate(
     target: Annotated[
         str,
         typer.Argument(
-            help="An encoder folder or shipped name (pocket), a run, a checkpoint, a teacher's name "
-            "or YAML, a timm name, or pixels."
+            help="An encoder folder or shipped name (pocket), a run, a checkpoint, a teacher's "
+            "name or YAML, a timm name, or pixels."
         ),
     ],
     task: Annotated[

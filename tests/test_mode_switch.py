@@ -154,6 +154,33 @@ def test_an_encoder_is_held_against_teachers_of_any_and_of_one_size(
     assert list(alone.details["teachers"]) == ["parts"]
 
 
+def test_a_teacher_of_mosaics_is_held_against_what_it_says_on_a_canvas(data: Pictures) -> None:
+    """Of 128 px four share a canvas, of 144 px each has its own, 256 px are the canvas."""
+    config = load_teacher("demo_sam")
+    sam = TeacherTarget("sam", config, 3)
+    facts = {"kind": "sam", "options": dict(config.options), "pretrained": None, "seed": 3}
+    heads = {"sam": TeacherHeads(0, {"features": head(96, 192)}, facts=facts)}
+    student = EncoderTarget("student", replace(small_weights(), teachers=heads))
+    found = mode_switch(student, data, Options(sizes=(128, 256))).details
+    assert found["teachers"]["sam"]["shown"] == "mosaic"
+    for size, per_side in ((128, 2), (144, 1), (256, 1)):
+        views, side, rows = sam.normalised(pictures(data, size)), 256 // per_side, size // 16
+        canvases, corners = torch.zeros(5, 3, 256, 256), []
+        for index, view in enumerate(views):
+            canvas, place = divmod(index, per_side**2)
+            top, left = side * (place // per_side), side * (place % per_side)
+            canvases[canvas, :, top : top + size, left : left + size] = view
+            corners.append((canvas, top // 16, left // 16))
+        whole = sam.teacher(canvases).features
+        y = torch.stack([whole[c, :, i : i + rows, j : j + rows] for c, i, j in corners])
+        p = student.extract(pictures(data, size), ("sam:features",))["sam:features"]
+        fidelity = Fidelity()
+        fidelity.update(p, y, torch.ones(5, rows, rows, dtype=torch.bool))
+        at = found["curve"]["x"].index(size)
+        e = found["curve"]["y"]["sam"][at]
+        assert e == pytest.approx(1 - 1 / fidelity.value, rel=1e-4), size
+
+
 def test_the_space_of_phi_s_gives_the_same() -> None:
     generator = torch.Generator().manual_seed(0)
     y = torch.randn(6, 12, 4, 4, generator=generator) * torch.arange(1, 13).view(1, 12, 1, 1)

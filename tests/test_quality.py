@@ -67,7 +67,7 @@ SUBJECTS = subjects_of(SETTING, "pocket", "runs/random", ["runs/p/checkpoints/st
 def test_the_pocket_teachers_are_what_their_yaml_says() -> None:
     found = teachers_called("demo")
     assert list(found) == ["clip", "siglip", "dinov2", "sam"]
-    assert found["dinov2"].sizes == (224, 448) and found["sam"].sizes == (256,)
+    assert found["dinov2"].sizes == (224, 448, 896) and found["sam"].sizes == (256,)
     assert not found["sam"].has_summary and teachers_called("nobody") == {}
 
 
@@ -304,7 +304,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows = np.stack([np.full(20, score), np.ones(20)], axis=1)
         store(folder, subject, "masks-point-coco", score, size, tag, rows)
     curves = {"sam": {"min_over_max": 0.8, "max": 0.05, "interval": [0.7, 0.9]}}
-    store(folder, "student", "mode-switch", 0.8, details={"teachers": curves})
+    store(folder, "student", "mode-switch-coco", 0.8, details={"teachers": curves})
     (folder / "missing.json").write_text(json.dumps({"student/camvid_128": "no such\nmap"}))
     return folder
 
@@ -339,7 +339,7 @@ def test_verdicts_are_computed_from_the_figures(out: Path) -> None:
     assert of(found, "keeps of kNN").holds is False and "0.400" in of(found, "keeps of kNN").found
     assert of(found, "keeps of masks by point, coco").holds is False  # 0.5 of 0.7
     assert of(found, "below ours: kNN").holds is True
-    assert of(found, "mode switch of the student: sam").holds is False  # max e below 0.1
+    assert of(found, "mode switch, coco: sam").holds is False  # max e below 0.1
     assert of(found, "keeps of segmentation, CamVid").found == "not measured"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -10,14 +11,20 @@ import torch
 from picture_zoo import colours
 from safetensors.torch import load_file, save_file
 from small_encoder import photographs, write_small
+from torch.nn.functional import normalize
 from transformers import AutoModel
 
 import radio
 from radio.cli import main
+from radio.config import load_teacher
+from radio.data.photographs import held_out_pictures
 from radio.encoder import shipped as shipped_module
+from radio.encoder.images import resized
 from radio.encoder.shipped import DEFAULT, HERE, default, shipped
 from radio.errors import RadioError
 from radio.evaluation.targets import resolve
+from radio.training.checkpoint import check_sums
+from teachers import Teacher, build_teacher
 
 
 @pytest.fixture(autouse=True)
@@ -35,11 +42,65 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_what_ships_is_an_encoder_of_at_most_15_mb() -> None:
-    for name, folder in shipped().items():
-        assert folder == HERE / name
-        assert sum(file.stat().st_size for file in folder.iterdir()) <= 15e6
-        assert radio.load(name).feature_names
+@pytest.mark.parametrize("name", shipped())
+def test_what_ships_is_a_whole_encoder_of_at_most_15_mb(name: str) -> None:
+    folder = shipped()[name]
+    assert folder == HERE / name
+    assert sum(file.stat().st_size for file in folder.iterdir()) <= 15e6
+    check_sums(folder)
+    stored = [value for file in folder.glob("*.safetensors") for value in load_file(file).values()]
+    assert {value.dtype for value in stored} <= {torch.float16, torch.int64}
+    card = (folder / "README.md").read_text()
+    assert "research" in card
+    assert f"{json.loads((folder / 'config.json').read_text())['origin']['views']:,} views" in card
+
+
+def test_the_default_ships() -> None:
+    assert default() == shipped()[DEFAULT]
+
+
+POCKET = {name: load_teacher(f"pocket_{name}") for name in ("clip", "siglip", "dinov2", "sam")}
+
+
+def test_the_pocket_encoder_is_of_the_teachers_that_ship() -> None:
+    config = json.loads((shipped()["pocket"] / "config.json").read_text())
+    for name, teacher in POCKET.items():
+        facts = config["adaptors"][name]
+        assert facts["fingerprint"] == build(name).fingerprint
+        assert (facts["options"], facts["pretrained"]) == (teacher.options, teacher.pretrained)
+        assert facts["weights_licence"] == "research only"
+
+
+def build(name: str) -> Teacher:
+    config = POCKET[name]
+    return build_teacher(config.kind, name, config.options, config.pretrained, 0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", POCKET)
+def test_the_pocket_encoder_says_what_the_teacher_says(name: str) -> None:
+    """Of photographs that neither has seen: what differs between places and pictures agrees."""
+    encoder, teacher = radio.load("pocket"), build(name)
+    side, outputs = teacher.native_size, (f"{name}:features", f"{name}:summary")
+    pixels = torch.stack([resized(photo, 1, side) for photo in held_out_pictures().values()])
+    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (teacher.mean, teacher.std))
+    expected = teacher((pixels.float() / 255 - mean) / std)
+    found = encoder.encode(pixels, [one for one in outputs if one in encoder.feature_names])
+    maps = found[outputs[0]].transpose(1, 2).unflatten(2, (side // 16, side // 16))
+    maps = torch.nn.functional.interpolate(maps, expected.features.shape[2:], mode="bilinear")
+    agreement = float((centred(maps) * centred(expected.features)).sum())
+    assert agreement > {"clip": 0.2, "siglip": 0.2, "dinov2": 0.9, "sam": 0.85}[name]
+    if expected.summary is not None:
+        summaries = found[outputs[1]], expected.summary
+        ours, theirs = (normalize(centred(each), dim=1) for each in summaries)
+        assert float((ours * theirs).sum(dim=1).mean()) > 0.25
+
+
+def centred(values: torch.Tensor) -> torch.Tensor:
+    """Return [b, d, ...] less each channel's mean, of norm 1."""
+    means = values.transpose(0, 1).flatten(1).mean(1)
+    centred = values - means.view(1, -1, *[1] * (values.ndim - 2))
+    return centred / centred.norm()
 
 
 def test_names_are_found_by_looking(place: Path) -> None:

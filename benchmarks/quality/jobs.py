@@ -48,10 +48,16 @@ ROWS = {
         Row("rank", "RankMe", "rank", TINY, "else"),
         Row("shift", "shift error", "equivariance", COCO, "else"),
         Row("scale", "scale error", "equivariance", COCO, "else"),
-        Row("mode-switch", "mode switch, min e / max e", "mode-switch", COCO, "else"),
+        *(
+            Row(f"mode-switch-{on}", f"mode switch, {on}", "mode-switch", data, "else")
+            for on, data in (("coco", COCO), ("flickr8k", FLICKR))
+        ),
         Row("similarity", "CKA with the teacher", "similarity", TINY, "else"),
     )
 }
+
+
+SWITCHES = [name for name, row in ROWS.items() if row.task == "mode-switch"]
 
 
 def rows_of(*of: str) -> list[Row]:
@@ -83,8 +89,8 @@ class TeacherFacts:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """The native size, and twice that of a teacher that takes any."""
-        return (self.native, 2 * self.native) if self.any_size else (self.native,)
+        """The native size; twice and four times that, too, of a teacher that takes any."""
+        return tuple(self.native * times for times in ((1, 2, 4) if self.any_size else (1,)))
 
 
 @dataclass(frozen=True)
@@ -188,8 +194,10 @@ class Setting:
             yield from self._of_student_alone()
 
     def _of_student_alone(self) -> Iterator[Job]:
-        ends = (min(self.dense_sizes), max(self.dense_sizes))
-        yield Job(ROWS["mode-switch"], None, "", {"sizes": ends})
+        fixed = [size for facts in self.teachers.values() for size in facts.sizes[:1]]
+        ends = min(fixed), max(fixed)  # what it is trained at
+        for name in SWITCHES:
+            yield Job(ROWS[name], None, "", {"sizes": ends})
         yield from _shapes(self.dense_sizes, True)
         yield Job(ROWS["rank"], min(self.summary_sizes))
         for name, facts in self.teachers.items():

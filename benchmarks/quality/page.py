@@ -17,6 +17,7 @@ from benchmarks.quality.jobs import (
     PIXELS,
     ROWS,
     STUDENT,
+    SWITCHES,
     Row,
     rows_of,
 )
@@ -47,7 +48,7 @@ SCALES = {
     "rank": "the higher the more directions; of 1,000 pictures",
     "shift": "1 - cos after moving by 1 and 2 patches; lower is better",
     "scale": "1 - cos between the sizes; lower is better",
-    "mode-switch": "the worst teacher; 1 is even",
+    **dict.fromkeys(SWITCHES, "min e / max e of the worst teacher; 1 is even"),
     "similarity": "1 is the same arrangement of pictures",
 }
 

@@ -7,7 +7,16 @@ from dataclasses import dataclass
 
 from benchmarks.markdown import number
 from benchmarks.quality.compare import AT, COMPARED, difference, kept_of
-from benchmarks.quality.jobs import CONSTANT, CONTROL, PIXELS, ROWS, STUDENT, TEXT, rows_of
+from benchmarks.quality.jobs import (
+    CONSTANT,
+    CONTROL,
+    PIXELS,
+    ROWS,
+    STUDENT,
+    SWITCHES,
+    TEXT,
+    rows_of,
+)
 from benchmarks.quality.store import Record, Stored
 from radio.evaluation.result import Interval
 from radio.evaluation.retrieval import DIRECTIONS
@@ -143,12 +152,14 @@ def _room(control: Record, ours: Record) -> float:
 
 
 def _mode_switch(stored: Stored) -> Iterator[Verdict]:
-    what, needed = "mode switch of the student", f"min e / max e {EVEN}, max e {EXPLAINED}"
-    record = stored.one("mode-switch", STUDENT)
-    if record is None:
-        yield Verdict(what, needed)
-        return
-    for teacher, said in record.details["teachers"].items():
-        ratio, most = said["min_over_max"], said["max"]
-        found = f"{number(ratio, said['interval'])}, max e {most:.2f}"
-        yield Verdict(f"{what}: {teacher}", needed, found, ratio >= EVEN and most >= EXPLAINED)
+    needed = f"min e / max e {EVEN}, max e {EXPLAINED}"
+    for row in SWITCHES:
+        what = f"student's {ROWS[row].title}"
+        record = stored.one(row, STUDENT)
+        if record is None:
+            yield Verdict(what, needed)
+            continue
+        for teacher, said in record.details["teachers"].items():
+            ratio, most = said["min_over_max"], said["max"]
+            found = f"{number(ratio, said['interval'])}, max e {most:.3f}"
+            yield Verdict(f"{what}: {teacher}", needed, found, ratio >= EVEN and most >= EXPLAINED)

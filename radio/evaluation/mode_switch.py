@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from radio.config import TeacherConfig
+from radio.data.mosaic import Mosaic
 from radio.encoder.images import nearest_size, resized
 from radio.errors import RadioError
 from radio.evaluation.features import features_of
@@ -20,6 +21,7 @@ from radio.evaluation.target import Target
 from radio.evaluation.target_kinds import TeacherTarget
 from radio.progress import Report
 from radio.targets.grid import Grid, coarser, to_grid
+from teachers import Teacher
 
 BATCH = 16  # pictures through the encoder and its teachers at once
 LITTLE = 0.1  # a largest e below this says too little for a ratio to mean much
@@ -70,10 +72,13 @@ def mode_switch(
     that is explained: 1 is all, 0 no more than the mean. A switch of modes between the training
     sizes (RADIOv2.5, 2412.07679, finding 2) is a hole in the curve.
 
-    A teacher that takes any size sees each picture at the size whose grid is the encoder's, as in
-    view mode `match`, others at their native size; both maps then go to the coarser grid. Sizes run
-    from the smallest to the largest of `options.sizes`; from half the native size if not given.
-    The interval resamples pictures, the mean staying that of all.
+    Teachers see each picture as in training: at the size whose grid is the encoder's where they
+    take any (view mode `match`); at the encoder's own size on a canvas, with as many others as fit,
+    where they take mosaics and the picture is smaller than the canvas; at their native size else.
+    Both maps then go to the coarser grid. Held against a SAM's native features at every size, the
+    curve would show that SAM says other things of the same picture in half its size, whatever the
+    encoder does. Sizes run from the smallest to the largest of `options.sizes`; from half the
+    native size if not given. The interval resamples pictures, the mean staying that of all.
 
     Raises:
         RadioError: the target is no encoder, its folder does not say how to build a teacher, the
@@ -83,12 +88,11 @@ def mode_switch(
     teachers = teachers_of(target, options.adaptor)
     sizes = _sizes(target, options.sizes)
     split = data.split("val")
-    parts = len(sizes) + sum(not teacher.takes_any_size for teacher in teachers.values())
-    reports = _reports(progress, parts)
+    fixed = [name for name, teacher in teachers.items() if not teacher.takes_any_size]
+    reports = _reports(progress, len(sizes) + len(fixed))
     native = {
-        name: features_of(teacher, split, "features", progress=next(reports))
-        for name, teacher in teachers.items()
-        if not teacher.takes_any_size
+        name: features_of(teachers[name], split, "features", progress=next(reports))
+        for name in fixed
     }
     columns = [_at_size(target, teachers, native, split, size, next(reports)) for size in sizes]
     values = np.stack(columns, axis=2)
@@ -136,17 +140,18 @@ def _ratio(curve: np.ndarray) -> float:
     return low / high if high > 0 else 0.0
 
 
-def _details(teacher: Target, values: Values, seed: int) -> dict[str, Any]:
+def _details(teacher: TeacherTarget, values: Values, seed: int) -> dict[str, Any]:
     """Return what is told of one teacher, whose values are [pictures, 1, sizes, 2]."""
     curve = explained(values)[0]
     best = float(curve.max())
+    shown = mode_at(teacher.teacher, (1, 1))
     found: dict[str, Any] = {
         "e": curve.tolist(),
         "min": float(curve.min()),
         "max": best,
         "min_over_max": worst_ratio(values),
         "interval": list(bootstrap(values, worst_ratio, seed=seed)),
-        "shown": "match" if teacher.takes_any_size else "native",
+        "shown": shown,
     }
     if best < LITTLE:
         found["warning"] = (
@@ -156,7 +161,7 @@ def _details(teacher: Target, values: Values, seed: int) -> dict[str, Any]:
     return found
 
 
-def teachers_of(target: Target, adaptor: str | None = None) -> dict[str, Target]:
+def teachers_of(target: Target, adaptor: str | None = None) -> dict[str, TeacherTarget]:
     """Build the teachers whose features an encoder predicts, all of them or the one named.
 
     Raises:
@@ -175,7 +180,7 @@ def teachers_of(target: Target, adaptor: str | None = None) -> dict[str, Target]
     return {name: _build(target, name) for name in having if adaptor in (None, name)}
 
 
-def _build(target: Target, name: str) -> Target:
+def _build(target: Target, name: str) -> TeacherTarget:
     facts = target.facts[name]
     missing = [key for key in NEEDED if key not in facts]
     if missing:
@@ -196,7 +201,7 @@ def _build(target: Target, name: str) -> Target:
 
 def _at_size(
     target: Target,
-    teachers: Mapping[str, Target],
+    teachers: Mapping[str, TeacherTarget],
     native: Mapping[str, Maps],
     split: Split,
     size: int,
@@ -210,12 +215,10 @@ def _at_size(
         found = target.extract(_shown(split, part, (size, size)), list(outputs.values()))
         for name, teacher in teachers.items():
             predicted = found[outputs[name]]
-            if name in native:
+            if mode_at(teacher.teacher, _grid(predicted)) == "native":
                 y = native[name][part.start : part.stop]
             else:
-                rows, columns = _grid(predicted)
-                matched = _shown(split, part, (rows * teacher.patch, columns * teacher.patch))
-                y = teacher.extract(matched, ("features",))["features"]
+                y = _matched(teacher, _grid(predicted), split, part)
             sums[name].update(predicted, y)
         if report is not None:
             report(part.stop, len(split))
@@ -223,6 +226,26 @@ def _at_size(
     for name, value in values.items():
         _check(name, size, value)
     return torch.stack(list(values.values()), dim=1).numpy()
+
+
+def mode_at(teacher: Teacher, grid: Grid) -> str:
+    """Return the view mode in which a teacher is held against predictions on a grid."""
+    if teacher.takes_any_size:
+        return "match"
+    fits = max(grid) * teacher.stride < teacher.native_size
+    return "mosaic" if fits and "mosaic" in teacher.view_modes else "native"
+
+
+def _matched(target: TeacherTarget, grid: Grid, split: Split, part: range) -> Maps:
+    """Return what a teacher says of pictures that have as many strides as the grid positions."""
+    teacher, (height, width) = target.teacher, (side * target.patch for side in grid)
+    pixels = target.normalised(_shown(split, part, (height, width)))
+    if teacher.takes_any_size:
+        features: Maps = teacher(pixels).features
+    else:
+        mosaic = Mosaic(teacher.native_size, height, teacher.stride)
+        features = mosaic.split(teacher(mosaic.place(pixels)).features, len(pixels))
+    return features.float().cpu()
 
 
 def _shown(split: Split, part: Sequence[int], size: Grid) -> Tensor:

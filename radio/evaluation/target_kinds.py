@@ -181,15 +181,19 @@ class TeacherTarget(Target):
         self, images: UInt8[Tensor, "batch 3 h w"], names: Sequence[str]
     ) -> dict[str, Tensor]:
         """Return the teacher's own outputs."""
-        pixels = images.to(device()).float() / 255
-        mean, std = (
-            pixels.new_tensor(v)[:, None, None] for v in (self.teacher.mean, self.teacher.std)
-        )
-        found = self.teacher((pixels - mean) / std)
+        found = self.teacher(self.normalised(images))
         values = {"features": found.features}
         if found.summary is not None:
             values["summary"] = found.summary
         return {name: values[name].float().cpu() for name in names}
+
+    def normalised(self, images: UInt8[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch 3 h w"]:
+        """Return pixels in [0, 1] less the teacher's mean over its deviation."""
+        pixels = images.to(device()).float() / 255
+        mean, std = (
+            pixels.new_tensor(v)[:, None, None] for v in (self.teacher.mean, self.teacher.std)
+        )
+        return (pixels - mean) / std
 
     def text_adaptor(self, adaptor: str | None = None) -> None:
         """Return None: a teacher's summary is its own; RadioError where its kind has no text."""
