@@ -50,7 +50,7 @@ def demo(overrides: Overrides = None, dry_run: DryRun = False) -> None:
 
     Writes runs/demo/{report.html, metrics.jsonl, checkpoints/, encoder/, features/}. The teachers
     are the trained pocket ones, the student is new: the demo shows how it begins to learn from
-    them. experiment=pocket is the same on more pictures.
+    them, and `radio.load("pocket")` is what experiment=pocket made of more pictures.
     """
     from ray_jobs.demo import demo as run_demo
     from ray_jobs.demo import demo_config

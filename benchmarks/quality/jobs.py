@@ -55,8 +55,6 @@ ROWS = {
         Row("similarity", "CKA with the teacher", "similarity", TINY, "else"),
     )
 }
-
-
 SWITCHES = [name for name, row in ROWS.items() if row.task == "mode-switch"]
 
 
@@ -194,8 +192,8 @@ class Setting:
             yield from self._of_student_alone()
 
     def _of_student_alone(self) -> Iterator[Job]:
-        fixed = [size for facts in self.teachers.values() for size in facts.sizes[:1]]
-        ends = min(fixed), max(fixed)  # what it is trained at
+        native = [facts.native for facts in self.teachers.values()]
+        ends = min(native), max(native)  # what it is trained at
         for name in SWITCHES:
             yield Job(ROWS[name], None, "", {"sizes": ends})
         yield from _shapes(self.dense_sizes, True)

@@ -48,7 +48,10 @@ SCALES = {
     "rank": "the higher the more directions; of 1,000 pictures",
     "shift": "1 - cos after moving by 1 and 2 patches; lower is better",
     "scale": "1 - cos between the sizes; lower is better",
-    **dict.fromkeys(SWITCHES, "min e / max e of the worst teacher; 1 is even"),
+    **dict.fromkeys(
+        SWITCHES,
+        "min e / max e of the worst teacher; 1 is even; SAM sees a smaller picture on a canvas",
+    ),
     "similarity": "1 is the same arrangement of pictures",
 }
 

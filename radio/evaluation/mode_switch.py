@@ -144,7 +144,7 @@ def _details(teacher: TeacherTarget, values: Values, seed: int) -> dict[str, Any
     """Return what is told of one teacher, whose values are [pictures, 1, sizes, 2]."""
     curve = explained(values)[0]
     best = float(curve.max())
-    shown = mode_at(teacher.teacher, (1, 1))
+    shown = mode_at(teacher.teacher, (1, 1))  # below its native size, where it has one
     found: dict[str, Any] = {
         "e": curve.tolist(),
         "min": float(curve.min()),
