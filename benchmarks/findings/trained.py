@@ -20,6 +20,7 @@ from radio.evaluation.target_kinds import EncoderTarget, TeacherTarget
 from radio.files import sha256_of, write_whole
 from radio.training.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint
 from radio.training.distill import distill
+from radio.training.run_folder import FREE
 from teachers.weights import local_file
 
 FACTORS = "factors.json"  # in every run: what its teachers are scaled by
@@ -55,9 +56,9 @@ class Workshop:
 
 
 def identity(config: Config, arm: Arm) -> str:
-    """Return a SHA-256 over what an arm trains on and how, the seed and all folders left out."""
+    """Return a SHA-256 over what an arm trains on and how; the seed and what is free left out."""
     values = dataclasses.asdict(config)
-    for key in ("out", "cache", "seed", "threads"):
+    for key in {"seed", *FREE} & values.keys():
         del values[key]
     del values["data"]["train"]
     pretrained = {name: teacher.pretrained for name, teacher in config.teachers.items()}
