@@ -215,6 +215,9 @@ def evaluate(
         str | None, typer.Option(help="Score among 1,2,3 or those of @FILE.")
     ] = None,
     adaptor: Annotated[str | None, typer.Option(help="An encoder's: clip, sam, ...")] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Of the text tower, if none is with its weights: a folder.")
+    ] = None,
     against: Annotated[str | None, typer.Option(help="Similarity: the second target.")] = None,
     sizes: Annotated[str | None, typer.Option(help="Resolutions of a curve: 128,192.")] = None,
     prompt: Annotated[str, typer.Option(help="Masks: point or box.")] = "box",
@@ -240,6 +243,7 @@ def evaluate(
         features=features,
         classes=whole_numbers("--classes", classes),
         adaptor=adaptor,
+        tokenizer=None if tokenizer is None else str(tokenizer),
         against=against,
         sizes=whole_numbers("--sizes", sizes),
         prompt=prompt,

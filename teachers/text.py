@@ -222,8 +222,9 @@ def _tokenizer_place(
             return str(folder)
     if hub is not None:
         return hub
+    beside = "its weights are seeded" if weights is None else f"there is none next to '{weights}'"
     raise ValueError(
-        f"teacher '{name}': its texts need a tokenizer, and there is none next to '{weights}'; "
+        f"teacher '{name}': its texts need a tokenizer, and {beside}; "
         f"give a local folder that holds {' or '.join(TOKENIZER_FILES)} as `tokenizer`"
     )
 

@@ -218,7 +218,7 @@ def test_what_is_stored_is_not_measured_again(
 
 def test_other_weights_of_a_text_tower_are_another_measurement() -> None:
     class Towered(PixelsTarget):
-        def text_tower(self, adaptor: str | None = None) -> Any:
+        def text_tower(self, adaptor: str | None = None, tokenizer: str | None = None) -> Any:
             assert adaptor == "clip"
             return torch.nn.Linear(2, 2)
 

@@ -185,7 +185,7 @@ class Setting:
             yield from self._through_decoders([name for name in self.teachers if name in TEXT])
             yield Job(ROWS["knn"], min(self.summary_sizes))
             return
-        yield from self._through_decoders(self.teachers)
+        yield from self._through_decoders(self.teachers, seeded=role == CONTROL)
         yield from _at(self.dense_sizes, "map")
         yield from _at(self.summary_sizes, "summary")
         if role == STUDENT:
@@ -205,13 +205,22 @@ class Setting:
             if facts.has_summary:
                 yield Job(ROWS["knn"], facts.native, name)
 
-    def _through_decoders(self, names: Iterable[str], as_adaptor: bool = True) -> Iterator[Job]:
-        """Yield what text towers and mask decoders make of teachers, or of adaptors to them."""
+    def _through_decoders(
+        self, names: Iterable[str], as_adaptor: bool = True, seeded: bool = False
+    ) -> Iterator[Job]:
+        """Yield what text towers and mask decoders make of teachers, or of adaptors to them.
+
+        A seeded text tower reads texts by the tokenizer of the trained one.
+        """
         classes = {"zero-shot-seen": self.seen, "zero-shot-held-out": self.held_out}
         for name in names:
             of = "text" if name in TEXT else "masks" if name == "sam" else ""
             for row in rows_of(of):
-                told = {"classes": classes[row.name]} if row.name in classes else {}
+                told: dict[str, Any] = {}
+                if row.name in classes:
+                    told["classes"] = classes[row.name]
+                if seeded and of == "text":
+                    told["tokenizer"] = f"teachers/{self.prefix}/{name}"
                 yield Job(row, self.teachers[name].native, name if as_adaptor else "", told)
 
 

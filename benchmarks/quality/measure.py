@@ -79,7 +79,9 @@ class Measurer:
         against = None if options.against is None else self.target(options.against).fingerprint
         decoder = None if target is None else decoder_print(target, job)
         told = [VERSION, job.row.task, print_, pictures.fingerprint, against, decoder]
-        key = _hashed([*told, dataclasses.asdict(options)])
+        # What is not given does not count: a new option makes no result another one.
+        given = {k: v for k, v in dataclasses.asdict(options).items() if v is not None}
+        key = _hashed([*told, given])
         if read_json(folder / f"{job.name}.json").get("key") == key:
             return
         started = time.monotonic()
@@ -119,11 +121,16 @@ def decoder_print(target: Target, job: Job) -> str | None:
     Raises:
         RadioError: there is none.
     """
-    decoders = {"text": target.text_tower, "masks": target.mask_decoder}
-    if job.row.of not in decoders:
+    adaptor = job.tag or None
+    if job.row.of not in ("text", "masks"):
         return None
+    decoder: torch.nn.Module
+    if job.row.of == "masks":
+        decoder = target.mask_decoder(adaptor)
+    else:
+        decoder = target.text_tower(adaptor, job.all_options.get("tokenizer"))
     digest = hashlib.sha256()
-    for name, weight in decoders[job.row.of](job.tag or None).state_dict().items():
+    for name, weight in decoder.state_dict().items():
         digest.update(name.encode() + weight.numpy().tobytes())
     return digest.hexdigest()
 

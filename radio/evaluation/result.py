@@ -57,6 +57,7 @@ class Options:
     features: str | None = None  # the output that is probed, such as clip:summary
     classes: tuple[int, ...] | None = None  # score only among these
     adaptor: str | None = None  # of an encoder: whose text tower or mask decoder
+    tokenizer: str | None = None  # folder of the text tower's, where none lies next to its weights
     against: str | None = None  # the second target of a comparison
     sizes: tuple[int, ...] | None = None  # px, of a curve over resolutions
     prompt: str = "box"  # of masks: point or box

@@ -42,7 +42,7 @@ def retrieval(
     name = summary_of(target, options)
     captions = [split.captions(index) for index in range(len(split))]
     _check_captions(data, split, captions)
-    tower = target.text_tower(options.adaptor)
+    tower = target.text_tower(options.adaptor, options.tokenizer)
     texts = [text for several in captions for text in several]
     pictures = unit_summaries(target, split, name, tower, options, progress)
     hits = hits_of(pictures, tower(texts), [len(several) for several in captions], texts)

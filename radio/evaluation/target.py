@@ -104,8 +104,11 @@ class Target(ABC):
         """
         raise RadioError(lacks(self.name, "text tower", TEXT_KINDS))
 
-    def text_tower(self, adaptor: str | None = None) -> TextTower:
-        """Return the text tower that `text_adaptor` chooses, on the CPU; errors as there."""
+    def text_tower(self, adaptor: str | None = None, tokenizer: str | None = None) -> TextTower:
+        """Return the text tower that `text_adaptor` chooses, on the CPU; errors as there.
+
+        `tokenizer` is a folder; without it the files next to the teacher's weights are taken.
+        """
         raise RadioError(lacks(self.name, "text tower", TEXT_KINDS))
 
     def mask_adaptor(self, adaptor: str | None = None) -> str | None:

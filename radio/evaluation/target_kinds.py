@@ -108,9 +108,10 @@ class EncoderTarget(Target):
         """Return the named adaptor, or the first, of those that have a text tower."""
         return self._chosen(adaptor, self._texts, "text tower")
 
-    def text_tower(self, adaptor: str | None = None) -> TextTower:
+    def text_tower(self, adaptor: str | None = None, tokenizer: str | None = None) -> TextTower:
         """Return the tower that the encoder's folder names."""
-        return self.encoder.text_tower(self.text_adaptor(adaptor)).cpu()
+        chosen = self.text_adaptor(adaptor)
+        return self.encoder.text_tower(chosen, tokenizer=tokenizer).cpu()
 
     def mask_adaptor(self, adaptor: str | None = None) -> str:
         """Return the named adaptor, or the first, of those that stand for a SAM."""
@@ -199,7 +200,7 @@ class TeacherTarget(Target):
         """Return None: a teacher's summary is its own; RadioError where its kind has no text."""
         self._own(adaptor, "text tower", TEXT_KINDS)
 
-    def text_tower(self, adaptor: str | None = None) -> TextTower:
+    def text_tower(self, adaptor: str | None = None, tokenizer: str | None = None) -> TextTower:
         """Return the tower of the same kind, options, weights and seed."""
         self.text_adaptor(adaptor)
         try:
@@ -209,6 +210,7 @@ class TeacherTarget(Target):
                 dict(self.config.options),
                 self.config.pretrained,
                 self.seed,
+                tokenizer,
             )
         except (ValueError, OSError) as error:
             raise RadioError(f"the text tower of '{self.name}' cannot be built: {error}") from error

@@ -40,7 +40,7 @@ def zero_shot(
             f"nothing is told apart by {len(classes)} class ({names}); give two or more"
         )
     name, templates = summary_of(target, options), templates_of(options.templates)
-    tower = target.text_tower(options.adaptor)
+    tower = target.text_tower(options.adaptor, options.tokenizer)
     kept = among(labels, classes)
     summaries = unit_summaries(target, split, name, tower, options, progress)[kept]
     weights = zero_shot_weights(tower, names, templates)
