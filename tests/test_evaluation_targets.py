@@ -16,10 +16,11 @@ from radio.encoder.encoder import load
 from radio.encoder.fuse import fuse
 from radio.encoder.weights import EncoderWeights
 from radio.errors import RadioError
-from radio.evaluation.target_kinds import EncoderTarget
+from radio.evaluation.target_kinds import EncoderTarget, TeacherTarget
 from radio.evaluation.targets import TimmTarget, resolve
 from radio.training.distill import distill
 from teachers import build_teacher
+from teachers.weights import shipped
 
 IMAGES = photographs(3, 64, 64)
 
@@ -93,6 +94,18 @@ def test_a_run_is_the_encoder_that_it_would_be_fused_to(tmp_path: Path) -> None:
         assert target.fingerprint == fused.fingerprint
         assert (target.names, target.native_size) == (fused.names, fused.native_size)
     assert torch.equal(*(t.extract(IMAGES, ("summary",))["summary"] for t in (target, fused)))
+
+
+def test_a_seeded_text_tower_reads_by_the_tokenizer_that_is_given() -> None:
+    config = load_teacher("pocket_clip")
+    seeded = TeacherTarget("clip", replace(config, pretrained=None), 0)
+    with pytest.raises(RadioError, match=r"a tokenizer, and its weights are seeded"):
+        seeded.text_tower()
+    texts = ["a cat", "a street with two buses"]
+    tower = seeded.text_tower(tokenizer=str(shipped()["pocket_clip"].parent))
+    trained = TeacherTarget("clip", config, 0).text_tower()
+    assert torch.equal(tower.tokenize(texts), trained.tokenize(texts))
+    assert not torch.allclose(tower(texts), trained(texts), atol=0.1)
 
 
 def test_a_teacher_by_name_and_by_file(tmp_path: Path) -> None:

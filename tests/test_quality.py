@@ -31,6 +31,7 @@ from benchmarks.quality.jobs import (
     COCO,
     PEOPLE,
     ROWS,
+    TEXT,
     TINY,
     Job,
     Setting,
@@ -106,6 +107,10 @@ def test_every_command_means_the_options_that_were_measured(
 
     monkeypatch.setattr(command_module, "run", caught)
     student = SETTING.jobs(Subject("student", "pocket", "student"))
+    control = SETTING.jobs(Subject("control", "runs/control", "control"))
+    tokenizers = {job.options.get("tokenizer") for job in control if job.row.of == "text"}
+    assert tokenizers == {f"teachers/pocket/{name}" for name in TEXT if name in TEACHERS}
+    assert not any("tokenizer" in job.options for job in student)
     for job in {(job.row.name, bool(job.tag)): job for job in student}.values():
         words = job.command("it", "sets").split()
         cli.app(words[1:], standalone_mode=False)

@@ -190,8 +190,8 @@ def _verdicts(stored: Stored, prefix: str) -> list[str]:
     words = {True: "yes", False: "**no**", None: NONE}
     counts = Counter(verdict.holds for verdict in found)
     return [
-        f"{counts[True]} of {len(found)} lines hold, {counts[False]} do not, {counts[None]} are "
-        "not measured.",
+        f"{counts[True]} of {len(found)} lines hold, {counts[False]} do not, {counts[None]} "
+        "without an answer.",
         "",
         *table(
             ["", "at least", "found", "holds"],
