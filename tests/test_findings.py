@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import replace
+from dataclasses import asdict, field, make_dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +37,7 @@ from benchmarks.findings.report import write_report
 from benchmarks.findings.shared_stream import SharedStream
 from benchmarks.findings.standardizers import REAL
 from benchmarks.findings.trained import Workshop, identity
+from radio.config import OptimizerConfig
 from radio.data.configured import training_plan
 from radio.errors import RadioError
 from radio.evaluation import segmentation
@@ -156,6 +157,16 @@ def test_a_run_of_teachers_with_other_weights_is_another(
         config.teachers["clip"].pretrained = str(weights)
         found.add(identity(config, Arm("any")))
     assert len(found) == 2
+
+
+def test_what_a_later_version_may_choose_too_makes_no_run_another(workshop: Workshop) -> None:
+    later = make_dataclass("Later", [("gain", float, field(default=1.0))], bases=(OptimizerConfig,))
+    config = workshop.config(Arm("any"), 0)
+    known = identity(config, Arm("any"))
+    values = asdict(config.optimizer)
+    assert identity(replace(config, optimizer=later(**values)), Arm("any")) == known
+    other = later(**values, gain=2.0)
+    assert identity(replace(config, optimizer=other), Arm("any")) != known
 
 
 def test_the_interval_over_seeds_is_scipys_paired_t() -> None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from benchmarks.findings.declare import TEACHERS, Arm
 from benchmarks.findings.material import Material
@@ -57,7 +58,7 @@ class Workshop:
 
 def identity(config: Config, arm: Arm) -> str:
     """Return a SHA-256 over what an arm trains on and how; the seed and what is free left out."""
-    values = dataclasses.asdict(config)
+    values = _chosen(config)
     for key in {"seed", *FREE} & values.keys():
         del values[key]
     del values["data"]["train"]
@@ -69,6 +70,28 @@ def identity(config: Config, arm: Arm) -> str:
         "weights": {name: sha256_of(file) for name, file in files.items() if file},
     }
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def _chosen(part: Any) -> Any:
+    """Return values as plain types, less those that are a dataclass's defaults.
+
+    What is measured stays known when a later version has more to choose from.
+    """
+    if isinstance(part, Mapping):
+        return {key: _chosen(value) for key, value in part.items()}
+    if isinstance(part, list):
+        return [_chosen(value) for value in part]
+    if not dataclasses.is_dataclass(part):
+        return part
+    values = {field: getattr(part, field.name) for field in dataclasses.fields(part)}
+    return {
+        field.name: _chosen(value) for field, value in values.items() if value != _default(field)
+    }
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    make = field.default_factory
+    return field.default if make is dataclasses.MISSING else make()
 
 
 @dataclass(frozen=True)
