@@ -29,6 +29,7 @@ TEACHERS = ("clip", "siglip", "dinov2", "sam")
 OVERRIDES = [
     "experiment=demo",
     *(f"teacher@teachers.{name}=fake" for name in TEACHERS),
+    "teachers.sam.summary_weight=0",  # a canvas has no summary of one view
     "student.image_size=64",
     "stages.0.steps=3",
     "stages.0.partitions.low.image_size=32",
