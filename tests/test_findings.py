@@ -129,13 +129,14 @@ def test_arms_resolve_and_those_that_say_the_same_share_a_run(workshop: Workshop
         ("tiling", "student"),
         ("mode_switch", "all at all"),
         ("mosaic", "mosaic"),
-        ("standardizers", "phi_s"),
         ("leave_one_out", "all"),
         ("token_merging", "student"),
         ("layers", "student"),
     }
-    assert len(set(outs.values())) == len(outs) - len(shared) + 1
-    scaled = FINDINGS["deviations"].arms[3]
+    kinds = [arm.name for arm in FINDINGS["standardizers"].arms if arm.name != "identity"]
+    assert all(outs["standardizers", kind] == outs["deviations", kind] for kind in kinds)
+    assert len(set(outs.values())) == len(outs) - (len(shared) - 1) - len(kinds)
+    scaled = FINDINGS["deviations"].arms[-1]
     assert workshop.config(scaled, 1).out not in outs.values(), "scaled teachers are others"
     config = config_of(FINDINGS["leave_one_out"].arms[4].overrides)
     assert "sam" not in config.teachers and config.seed == 1 and config.stages[0].steps == 2
