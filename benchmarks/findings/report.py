@@ -23,6 +23,7 @@ from benchmarks.findings.records import Record, read
 from benchmarks.markdown import NONE, brackets, number, table, write_page
 from radio.errors import RadioError
 
+MOST_COLUMNS = 10  # of a table that still fits a page
 OPENING = """# Findings at pocket scale
 <!-- made by `make findings`; do not edit -->
 
@@ -114,16 +115,16 @@ def provenance(records: Sequence[Record]) -> str:
 
 
 def means(finding: Finding, title: str, records: Sequence[Record]) -> list[str]:
-    """Return a table of means over seeds, an arm a row; metrics as rows where there is one arm."""
+    """Return a table of means over seeds, an arm a row; or a metric, where there are many."""
     arms, metrics = arms_of(records), metrics_of(finding.tables[title], records)
-    if len(arms) == 1:
-        rows = [[metric, number(mean(records, arms[0], metric))] for metric in metrics]
-        return table([title, "mean"], rows)
-    rows = [[arm, *(number(mean(records, arm, metric)) for metric in metrics)] for arm in arms]
-    rank = ranks(finding, records) if title == next(iter(finding.tables)) else {}
-    for row in rows if rank else []:
-        row.append(number(rank[row[0]]))
-    return table([title, *metrics, *(["mean rank"] if rank else [])], rows)
+    columns = {m: [number(mean(records, arm, m)) for arm in arms] for m in metrics}
+    if title == next(iter(finding.tables)) and (rank := ranks(finding, records)):
+        columns["mean rank"] = [number(rank[arm]) for arm in arms]
+    if len(arms) > 1 and len(columns) <= MOST_COLUMNS:
+        rows = zip(arms, *columns.values(), strict=True)
+        return table([title, *columns], [list(row) for row in rows])
+    head = arms if len(arms) > 1 else ["mean"]
+    return table([title, *head], [[metric, *found] for metric, found in columns.items()])
 
 
 def differences(compared: Sequence[Compared]) -> list[str]:
