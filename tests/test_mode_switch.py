@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -155,7 +156,7 @@ def test_an_encoder_is_held_against_teachers_of_any_and_of_one_size(
 
 
 def test_a_teacher_of_mosaics_is_held_against_what_it_says_on_a_canvas(data: Pictures) -> None:
-    """Of 128 px four share a canvas, of 144 px each has its own, 256 px are the canvas."""
+    """Of 128 px four share a canvas, of 144 px one is whole, 256 px are it; all are full."""
     config = load_teacher("demo_sam")
     sam = TeacherTarget("sam", config, 3)
     facts = {"kind": "sam", "options": dict(config.options), "pretrained": None, "seed": 3}
@@ -165,13 +166,17 @@ def test_a_teacher_of_mosaics_is_held_against_what_it_says_on_a_canvas(data: Pic
     assert found["teachers"]["sam"]["shown"] == "mosaic"
     for size, per_side in ((128, 2), (144, 1), (256, 1)):
         views, side, rows = sam.normalised(pictures(data, size)), 256 // per_side, size // 16
-        canvases, corners = torch.zeros(5, 3, 256, 256), []
-        for index, view in enumerate(views):
+        canvases, corners = [], []
+        along, at = math.ceil(256 / size), torch.arange(256)
+        for canvas in range(math.ceil(5 / per_side**2)):
+            order = (at // size)[:, None] * along + at // size + canvas * per_side**2
+            where = order % 5, slice(None), (at % size)[:, None], at % size
+            canvases.append(views[where].movedim(2, 0))
+        for index in range(5):
             canvas, place = divmod(index, per_side**2)
             top, left = side * (place // per_side), side * (place % per_side)
-            canvases[canvas, :, top : top + size, left : left + size] = view
             corners.append((canvas, top // 16, left // 16))
-        whole = sam.teacher(canvases).features
+        whole = sam.teacher(torch.stack(canvases)).features
         y = torch.stack([whole[c, :, i : i + rows, j : j + rows] for c, i, j in corners])
         p = student.extract(pictures(data, size), ("sam:features",))["sam:features"]
         fidelity = Fidelity()

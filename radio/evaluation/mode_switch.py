@@ -73,12 +73,13 @@ def mode_switch(
     sizes (RADIOv2.5, 2412.07679, finding 2) is a hole in the curve.
 
     Teachers see each picture as in training: at the size whose grid is the encoder's where they
-    take any (view mode `match`); at the encoder's own size on a canvas, with as many others as fit,
-    where they take mosaics and the picture is smaller than the canvas; at their native size else.
-    Both maps then go to the coarser grid. Held against a SAM's native features at every size, the
-    curve would show that SAM says other things of the same picture in half its size, whatever the
-    encoder does. Sizes run from the smallest to the largest of `options.sizes`; from half the
-    native size if not given. The interval resamples pictures, the mean staying that of all.
+    take any (view mode `match`); at the encoder's own size on a full canvas, with other pictures
+    around it, where they take mosaics and the picture is smaller than the canvas; at their native
+    size else. Both maps then go to the coarser grid. SAM says other things of a picture in half its
+    size, and of one with nothing around it, so that its native features, or canvases with grey
+    where no whole picture fits, would tear holes into the curve, whatever the encoder does. Sizes
+    run from the smallest to the largest of `options.sizes`; from half the native size if not given.
+    The interval resamples pictures, the mean staying that of all.
 
     Raises:
         RadioError: the target is no encoder, its folder does not say how to build a teacher, the
@@ -244,8 +245,23 @@ def _matched(target: TeacherTarget, grid: Grid, split: Split, part: range) -> Ma
         features: Maps = teacher(pixels).features
     else:
         mosaic = Mosaic(teacher.native_size, height, teacher.stride)
-        features = mosaic.split(teacher(mosaic.place(pixels)).features, len(pixels))
+        features = mosaic.split(teacher(full_canvases(mosaic, pixels)).features, len(pixels))
     return features.float().cpu()
+
+
+def full_canvases(
+    mosaic: Mosaic, views: Float[Tensor, "b c view view"]
+) -> Float[Tensor, "canvases c canvas canvas"]:
+    """Return a mosaic's canvases with the views that come next, cut, where it has nothing."""
+    side, along = mosaic.canvas_px, -(-mosaic.canvas_px // mosaic.view_px)
+    canvases, is_free = mosaic.place(views), mosaic.place(torch.ones_like(views)) == 0
+    for number, canvas in enumerate(canvases):
+        first = number * mosaic.views_per_canvas
+        behind = [views[(first + at) % len(views)] for at in range(along**2)]
+        rows = [torch.cat(behind[at : at + along], dim=2) for at in range(0, along**2, along)]
+        full = torch.cat(rows, dim=1)[:, :side, :side]
+        canvas[is_free[number]] = full[is_free[number]]
+    return canvases
 
 
 def _shown(split: Split, part: Sequence[int], size: Grid) -> Tensor:
