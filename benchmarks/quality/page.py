@@ -50,7 +50,7 @@ SCALES = {
     "scale": "1 - cos between the sizes; lower is better",
     **dict.fromkeys(
         SWITCHES,
-        "min e / max e of the worst teacher; 1 is even; SAM sees a smaller picture on a full canvas",
+        "min e / max e of the worst teacher; 1 is even; SAM sees small pictures on a full canvas",
     ),
     "similarity": "1 is the same arrangement of pictures",
 }
