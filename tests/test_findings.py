@@ -284,7 +284,7 @@ def write_records(out: Path, name: str = "toy") -> None:
             rows = (rng.random(200) < level).astype(int)
             cost = {"a": 1.0, "b": 2.0, "c": 3.0}[arm]
             said = {"arm": arm, "seed": seed, "steps": 2, "images": 36, "commit": "abc"}
-            said |= {"family": {"clip": "f" * 64}, "seconds": {"train": 3.2}}
+            said |= {"deviations": None, "family": {"clip": "f" * 64}, "seconds": {"train": 3.2}}
             path = path_of(out, name, arm, seed)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(as_text(said, {"cost": cost, "good": Samples(rows)}))
@@ -328,9 +328,12 @@ def test_one_seed_resolves_nothing_and_a_finding_without_records_is_left_out(
 def test_records_of_other_teachers_are_not_put_into_one_table(tmp_path: Path) -> None:
     write_records(tmp_path)
     path = path_of(tmp_path, "toy", "b", 1)
-    path.write_text(path.read_text().replace("f" * 64, "e" * 64))
+    other = path.read_text().replace("f" * 64, "e" * 64)
+    path.write_text(other)
     with pytest.raises(RadioError, match="records of other family"):
         read(tmp_path, "toy", toy())
+    path.write_text(other.replace('"deviations": null', '"deviations": {"clip": 0.03}'))
+    assert len(read(tmp_path, "toy", toy())) == 9, "an arm of scaled teachers beside the others"
 
 
 def test_ranks_are_scipys() -> None:

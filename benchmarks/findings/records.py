@@ -16,7 +16,7 @@ from benchmarks.record import circumstances
 from radio.errors import RadioError
 from radio.files import write_whole
 
-VERSION = 1  # raise it when the same runs would be measured otherwise
+VERSION = 1  # raise it when the same runs would be measured otherwise, or a default changes
 
 
 @dataclass(frozen=True)
@@ -107,12 +107,13 @@ def read(out: Path, name: str, finding: Finding) -> list[Record]:
 
 
 def _refuse_mixed(folder: Path, records: list[Record]) -> None:
-    """Refuse records of other steps or teachers; seeded teachers differ by seed."""
+    """Refuse records of other steps or teachers; seeded ones differ by seed, scaled by scale."""
     known: dict[str, Any] = {}
     for record in records:
         facts = {"steps": record.said["steps"]}
+        scaled = "scaled " if record.said["deviations"] else ""
         for name, fingerprint in record.said["family"].items():
-            facts[f"family ({name} of seed {record.seed})"] = fingerprint[:12]
+            facts[f"family ({scaled}{name} of seed {record.seed})"] = fingerprint[:12]
         for what, value in facts.items():
             if known.setdefault(what, value) != value:
                 raise RadioError(

@@ -75,7 +75,8 @@ def identity(config: Config, arm: Arm) -> str:
 def _chosen(part: Any) -> Any:
     """Return values as plain types, less those that are a dataclass's defaults.
 
-    What is measured stays known when a later version has more to choose from.
+    What is measured stays known when a later version has more to choose from; a version that
+    changes a default must raise records.VERSION, or it would be taken for what it was.
     """
     if isinstance(part, Mapping):
         return {key: _chosen(value) for key, value in part.items()}
@@ -83,9 +84,10 @@ def _chosen(part: Any) -> Any:
         return [_chosen(value) for value in part]
     if not dataclasses.is_dataclass(part):
         return part
-    values = {field: getattr(part, field.name) for field in dataclasses.fields(part)}
     return {
-        field.name: _chosen(value) for field, value in values.items() if value != _default(field)
+        field.name: _chosen(value)
+        for field in dataclasses.fields(part)
+        if (value := getattr(part, field.name)) != _default(field)
     }
 
 
