@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 from dataclasses import asdict, field, make_dataclass, replace
 from pathlib import Path
 
@@ -26,16 +27,16 @@ from benchmarks.findings.compare import (
     metrics_of,
     over_pictures,
     over_seeds,
-    ranks,
     verdict,
+    with_ranks,
 )
-from benchmarks.findings.declare import HIGHER, LOWER, Arm, Comparison, Finding, Side
+from benchmarks.findings.declare import HIGHER, LOWER, RANK, Arm, Comparison, Finding, Side
 from benchmarks.findings.material import SHARES, put_together
 from benchmarks.findings.measures import STATISTICS, Samples
 from benchmarks.findings.records import Record, as_text, path_of, read, take
 from benchmarks.findings.report import write_report
 from benchmarks.findings.shared_stream import SharedStream
-from benchmarks.findings.standardizers import REAL
+from benchmarks.findings.standardizers import OURS_SCALED, REAL
 from benchmarks.findings.trained import Workshop, identity
 from radio.config import OptimizerConfig
 from radio.data.configured import training_plan
@@ -55,7 +56,8 @@ def test_every_finding_declares_what_is_needed(name: str) -> None:
     arms = [arm.name for arm in finding.arms]
     assert len(set(arms)) == len(arms) > 0
     assert finding.title and finding.claim and finding.how and finding.measure
-    assert finding.tables and finding.label and bool(finding.bars) != bool(finding.lines)
+    assert finding.tables and finding.label and bool(finding.points) != bool(finding.lines)
+    assert bool(finding.lines) == bool(finding.across)
     assert finding.comparisons
     for each in finding.comparisons:
         assert each.first.arm in arms and each.second.arm in arms
@@ -103,7 +105,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     return Workshop(root / "work", material, "demo", 2, overrides)
 
 
-def test_material_is_put_together_once(workshop: Workshop) -> None:
+def test_material_is_put_together_once(workshop: Workshop, tmp_path: Path) -> None:
     material = workshop.material
     assert len(material.pictures.split("train")) == 24 * len(SHARES)
     keys = material.pictures.split("val").keys
@@ -115,6 +117,11 @@ def test_material_is_put_together_once(workshop: Workshop) -> None:
     assert again.train == material.train and sorted(folder.iterdir()) == before
     with pytest.raises(RadioError, match="--data"):
         put_together(folder, folder.parent / "other")
+    others = tmp_path / "data"
+    shutil.copytree(material.streets.folder.parent, others)
+    shutil.copy(others / "camvid" / "val-000000.tar", others / "flickr8k" / "val-000000.tar")
+    with pytest.raises(RadioError, match="--work"):
+        put_together(others, folder.parent)
 
 
 def test_arms_resolve_and_those_that_say_the_same_share_a_run(workshop: Workshop) -> None:
@@ -269,7 +276,7 @@ def toy(patterns: tuple[str, ...] = ("good", "cost")) -> Finding:
         comparisons,
         {"all": patterns},
         "good",
-        bars=("good",),
+        points=("good",),
         arms=(Arm("a"), Arm("b"), Arm("c")),
         ranked=("good",),
     )
@@ -344,8 +351,14 @@ def test_ranks_are_scipys() -> None:
         for seed, value in enumerate(several)
     ]
     columns = np.array(list(values.values()))
-    wanted = scipy.stats.rankdata(-columns, axis=0).mean(axis=1)
-    assert list(ranks(toy(), records).values()) == pytest.approx(list(wanted))
+    wanted = scipy.stats.rankdata(-columns, axis=0)
+    for record in with_ranks(toy(), records):
+        assert record.scores[RANK] == wanted["abc".index(record.arm), record.seed]
+    alone = Record("d", 0, {"good": 0.4}, {}, {})
+    ranked = with_ranks(replace(toy(), unranked=("d",)), [*records, alone])
+    assert RANK not in ranked[-1].scores and ranked[:-1] == with_ranks(toy(), records)
+    ranked = with_ranks(toy(), [*records, alone])
+    assert [RANK in record.scores for record in ranked] == [True, False] * 3 + [True]
 
 
 SMALL = ("stages.0.partitions.low.batch=4", "stages.0.partitions.high.batch=1")
@@ -370,9 +383,9 @@ def test_an_arm_of_every_finding_is_measured(
         for side in (each.first, each.second)
         if side.arm == arm.name
     }
-    assert wanted and wanted <= set(record.scores)
-    patterns = [*finding.bars, *finding.lines, *(p for t in finding.tables.values() for p in t)]
-    assert all(metrics_of([pattern], [record]) for pattern in patterns)
+    assert wanted and wanted - {RANK} <= set(record.scores)
+    patterns = [*finding.points, *finding.lines, *(p for t in finding.tables.values() for p in t)]
+    assert all(metrics_of([pattern], [record]) for pattern in patterns if pattern != RANK)
     (tmp_path / "docs").mkdir()
     write_report({name: finding}, tmp_path, tmp_path / "docs" / "page.md")
     assert finding.title in (tmp_path / "docs" / "page.md").read_text()
@@ -385,7 +398,7 @@ def test_an_arm_is_trained_measured_and_kept(
     monkeypatch.setenv("RADIO_CACHE", str(tmp_path / "features"))
     quick = replace(workshop, overrides=(*workshop.overrides, *SMALL))
     finding = FINDINGS["deviations"]
-    (arm,) = (arm for arm in finding.arms if arm.name == "phi_s")
+    (arm,) = (arm for arm in finding.arms if arm.name == OURS_SCALED)
     assert take("deviations", finding, quick, 0, arm, tmp_path)
     (record,) = read(tmp_path, "deviations", finding)
     assert record.said["steps"] == 2 and record.said["images"] == 10
@@ -395,5 +408,5 @@ def test_an_arm_is_trained_measured_and_kept(
             assert 0 < record.scores[f"fidelity/{name}@{size}"] < 2
     assert 0 <= record.scores["knn"] <= 1 and len(record.samples["knn"].rows) == 3
     assert not take("deviations", finding, quick, 0, arm, tmp_path), "it is there already"
-    said = json.loads(path_of(tmp_path, "deviations", "phi_s", 0).read_text())
+    said = json.loads(path_of(tmp_path, "deviations", OURS_SCALED, 0).read_text())
     assert {"commit", "machine", "versions", "overrides", "seconds", "scores"} <= set(said)

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from benchmarks.findings.declare import HIGHER, LOWER, Comparison, Finding
+from benchmarks.findings.declare import HIGHER, LOWER, RANK, Comparison, Finding
 from benchmarks.findings.measures import Samples
 from benchmarks.findings.records import Record
 from radio.errors import RadioError
@@ -131,19 +131,26 @@ def verdict(difference: float, intervals: Sequence[Interval | None], paper: str 
     return AGREES if (difference > 0) == (paper == HIGHER) else DISAGREES
 
 
-def ranks(finding: Finding, records: Sequence[Record]) -> dict[str, float]:
-    """Return each arm's mean rank over the ranked metrics and the seeds that all arms have.
+def with_ranks(finding: Finding, records: Sequence[Record]) -> list[Record]:
+    """Return records with their arm's mean rank over the ranked metrics, of seeds all arms have.
 
     1 is the highest; equal values share their mean rank.
     """
-    arms, metrics = arms_of(records), metrics_of(finding.ranked, records)
-    columns = [[values_of(records, arm, metric) for arm in arms] for metric in metrics]
-    values = [
-        [by_seed[seed] for by_seed in column]
-        for column in columns
-        for seed in set.intersection(*(set(by_seed) for by_seed in column))
+    arms = [arm for arm in arms_of(records) if arm not in finding.unranked]
+    metrics = metrics_of(finding.ranked, records)
+    if not metrics or len(arms) < 2:
+        return list(records)
+    scores = {(record.arm, record.seed): record.scores for record in records}
+    found: dict[tuple[str, int], float] = {}
+    for seed in {record.seed for record in records}:
+        ours = [scores.get((arm, seed), {}) for arm in arms]
+        if all(metric in each for each in ours for metric in metrics):
+            values = [[-each[metric] for each in ours] for metric in metrics]
+            ranks = stats.rankdata(values, axis=1).mean(axis=0)
+            found |= {(arm, seed): float(rank) for arm, rank in zip(arms, ranks, strict=True)}
+    return [
+        replace(record, scores={RANK: found[record.arm, record.seed], **record.scores})
+        if (record.arm, record.seed) in found
+        else record
+        for record in records
     ]
-    if not values or len(arms) < 2:
-        return {}
-    found = stats.rankdata(-np.array(values), axis=1).mean(axis=0)
-    return dict(zip(arms, found.tolist(), strict=True))

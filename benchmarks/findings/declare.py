@@ -14,6 +14,7 @@ HIGHER, LOWER = "higher", "lower"
 LOW, HIGH = 128, 256  # px a side of the student's pictures
 TEACHERS = ("clip", "siglip", "dinov2", "sam")
 STUDENT = "student"  # the arm of a finding that is about one student
+RANK = "mean rank"  # over the metrics that a finding ranks its arms by
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,8 @@ class Finding:
 
     `claim` holds the paper's own figures; `how` says what is measured here. Metrics of the page are
     named by fnmatch patterns: `tables` by title; `ranked`, the higher the better, over which arms
-    get a mean rank; and one figure, `bars`, or `lines` over the number behind a metric's @, whose
-    axis is `label`.
+    but the `unranked` get a mean rank; and one figure of what `label` says: `points`, or `lines`
+    over the number behind a metric's @, which is what `across` says.
     """
 
     title: str
@@ -69,10 +70,12 @@ class Finding:
     comparisons: tuple[Comparison, ...]
     tables: Mapping[str, Sequence[str]]
     label: str
-    bars: Sequence[str] = ()
+    points: Sequence[str] = ()
     lines: Sequence[str] = ()
+    across: str = ""
     arms: tuple[Arm, ...] = (Arm(STUDENT),)
     ranked: Sequence[str] = ()
+    unranked: Sequence[str] = ()
 
 
 def against(

@@ -1,4 +1,4 @@
-"""One figure per finding: bars with a dot for each seed, or lines over the number behind the @."""
+"""One figure per finding: points, a dot for each seed, or lines over the number behind the @."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ from benchmarks.findings.records import Record
 from radio.evaluation.figures import STYLE
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WIDTH, BAR, PANEL = 7.2, 0.16, 2.8  # inches: width, of a bar's height, of a panel of lines
+WIDTH, ROW, PANEL = 7.2, 0.18, 2.8  # inches: width, of a point's row, of a panel of lines
+MOST_ACROSS = 3  # panels of points
+Values = dict[str, list[float]]  # of seeds, by what stands at their row
 
 
 def save(finding: Finding, records: Sequence[Record], path: Path) -> None:
@@ -26,31 +29,48 @@ def save(finding: Finding, records: Sequence[Record], path: Path) -> None:
 
     with matplotlib.rc_context({**STYLE, "font.size": 8, "svg.hashsalt": path.stem}):
         figure = Figure(layout="constrained")
-        (_bars if finding.bars else _lines)(figure, finding, records)
+        (_points if finding.points else _lines)(figure, finding, records)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, metadata={"Date": None, "Creator": None})
 
 
-def _bars(figure: Figure, finding: Finding, records: Sequence[Record]) -> None:
-    """A group of bars per metric, a bar per arm."""
-    arms, metrics = arms_of(records), metrics_of(finding.bars, records)
-    pitch = len(arms) + 1
-    figure.set_size_inches(WIDTH, 0.7 + BAR * len(metrics) * pitch)
-    axes = figure.add_subplot()
-    for at, arm in enumerate(arms):
-        seeds = [list(values_of(records, arm, metric).values()) for metric in metrics]
-        places = [group * pitch + at for group in range(len(metrics))]
-        means = [float(np.mean(values or [0.0])) for values in seeds]
-        axes.barh(places, means, height=0.8, label=arm, color=f"C{at % 10}")
-        for place, values in zip(places, seeds, strict=True):
-            axes.plot(values, [place] * len(values), "o", color="black", markersize=2)
-    axes.set_yticks([group * pitch + pitch / 2 - 1 for group in range(len(metrics))], metrics)
-    axes.invert_yaxis()
-    axes.set_xlabel(finding.label)
+def _points(figure: Figure, finding: Finding, records: Sequence[Record]) -> None:
+    """A panel per metric with a row per arm; of one arm a single panel with a row per metric.
+
+    Every metric has a scale of its own, since one may be tens of times another.
+    """
+    arms, metrics = arms_of(records), metrics_of(finding.points, records)
+
+    def seeds(arm: str, metric: str) -> list[float]:
+        return [*values_of(records, arm, metric).values()]
+
+    if len(arms) == 1:
+        panels = {"": {metric: seeds(arms[0], metric) for metric in metrics}}
+    else:
+        panels = {metric: {arm: seeds(arm, metric) for arm in arms} for metric in metrics}
+    across = min(MOST_ACROSS, len(panels))
+    down = -(-len(panels) // across)
+    rows = max(len(panel) for panel in panels.values())
+    figure.set_size_inches(WIDTH, 0.5 + down * (0.7 + ROW * rows))
+    grid = figure.subplots(down, across, sharey=True, squeeze=False).flatten()
+    for (title, panel), axes in zip(panels.items(), grid, strict=False):
+        axes.set_title(title, loc="left")
+        _rows(axes, panel)
+    for axes in grid[len(panels) :]:
+        axes.remove()
+    grid[0].invert_yaxis()  # which all share
+    figure.supxlabel(finding.label)
+
+
+def _rows(axes: Axes, panel: Values) -> None:
+    for row, values in enumerate(panel.values()):
+        if values:
+            axes.plot(values, [row] * len(values), "o", color=f"C{row % 10}", markersize=3.5)
+            axes.plot([np.mean(values)], [row], "|", color="black", markersize=11)
+    axes.set_yticks(range(len(panel)), list(panel))
     axes.grid(axis="x", linewidth=0.4)
     axes.set_axisbelow(True)
-    if len(arms) > 1:
-        figure.legend(loc="outside upper center", ncols=min(5, len(arms)), frameon=False)
+    axes.margins(x=0.1, y=0.1)
 
 
 def _lines(figure: Figure, finding: Finding, records: Sequence[Record]) -> None:
@@ -67,6 +87,7 @@ def _lines(figure: Figure, finding: Finding, records: Sequence[Record]) -> None:
             axes.plot(sizes, seeds.mean(axis=1), "o-", markersize=3, color=f"C{at}", label=name)
             axes.plot(sizes, seeds, linewidth=0.5, alpha=0.5, color=f"C{at}")
         axes.set_title(arm, loc="left")
+        axes.set_xlabel(finding.across)
         axes.grid(axis="y", linewidth=0.4)
     panels[0].set_ylabel(finding.label)
     panels[-1].legend(frameon=False)

@@ -118,5 +118,5 @@ FINDING = Finding(
     ),
     tables={"mIoU": ("linear/*", "mlp/*"), "Gain": ("gain/*",)},
     label="mIoU",
-    bars=("linear/*", "mlp/*"),
+    points=("linear/*", "mlp/*"),
 )

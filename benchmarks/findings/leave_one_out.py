@@ -40,5 +40,5 @@ FINDING = Finding(
     ),
     tables={"Downstream": ("knn", "miou"), "Fidelity": ("fidelity/*",)},
     label="score",
-    bars=("knn", "miou"),
+    points=("knn", "miou"),
 )

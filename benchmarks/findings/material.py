@@ -14,6 +14,7 @@ from typing import Any
 from radio.data.shards import open_images, write_shards
 from radio.errors import RadioError
 from radio.evaluation.pictures import CLASSES, Pictures
+from radio.files import write_whole
 
 CLASSES_SET, STREETS_SET = "tiny-imagenet-100", "camvid"
 # Pictures of each set, the first of its shards: of train, of val.
@@ -46,16 +47,23 @@ def put_together(data: Path, folder: Path) -> Material:
     """Return the material of the image sets below `data`, written to `folder` at the first call.
 
     Raises:
-        RadioError: a set is not there.
+        RadioError: a set is not there, or the folder holds the material of other sets.
     """
     if missing := [name for name in SHARES if not (data / name).is_dir()]:
         raise RadioError(f"{data} has no {missing[0]}; give the folder of image sets with --data")
     pictures, classes = folder / "pictures", folder / "classes"
-    if not (pictures / DONE).exists():
+    told = "".join(f"{Pictures(data / n).fingerprint} {n} {c}\n" for n, c in SHARES.items())
+    if (pictures / DONE).exists():
+        if (pictures / DONE).read_text() != told:
+            raise RadioError(
+                f"{folder} was put together of other pictures than those of {data}; name another "
+                "folder with --work"
+            )
+    else:
         for at, split in enumerate(("train", "val")):
             samples = _samples(data, split, {name: counts[at] for name, counts in SHARES.items()})
             write_shards(samples, pictures / f"{split}-%06d.tar", 32 << 20)
-        (pictures / DONE).touch()
+        write_whole(pictures / DONE, told)
     classes.mkdir(parents=True, exist_ok=True)
     known = data / CLASSES_SET
     shards = sorted(known.glob("train-*.tar"))[:NEIGHBOUR_SHARDS]

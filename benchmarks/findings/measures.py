@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -23,9 +24,10 @@ from radio.evaluation.knn import knn
 from radio.evaluation.pictures import Split
 from radio.evaluation.result import Options, Statistic, mean
 from radio.evaluation.segmentation import mean_iou, segmentation
-from radio.evaluation.target import Target
+from radio.evaluation.target_kinds import TeacherTarget
 
 BATCH = 16
+Maps = Float[Tensor, "n d _ _"]
 
 
 def variance_ratio(rows: NDArray[Any]) -> float:
@@ -92,16 +94,15 @@ def fidelity(trained: Trained, sizes: Sequence[int] = (LOW, HIGH)) -> Scores:
     """Measure every teacher's held-out fidelity and MSE at sizes of the student, in its own space.
 
     Fidelity is sum (y - mean y)^2 / sum (p - y)^2 of unstandardized features; `mse` is
-    sum (p - y)^2 over positions and channels. A teacher of one size sees each picture at that size,
-    whatever the student's, so that the targets are the same however a run showed it the views; one
-    that takes any sees as many strides as the student has patches.
+    sum (p - y)^2 over positions and channels. Teachers see pictures as the task mode-switch shows
+    them, however a run showed it the views.
     """
     split = trained.material.pictures.split("val")
     outputs = {name: f"{name}:features" for name in trained.teachers}
     scores = Scores()
     for size in sizes:
         maps = {
-            name: features_of(teacher, split, "features", shown_at(trained, teacher, size))
+            name: told_at(trained, teacher, split, size)
             for name, teacher in trained.teachers.items()
         }
         sums = {name: mode_switch.Explained() for name in maps}
@@ -117,11 +118,20 @@ def fidelity(trained: Trained, sizes: Sequence[int] = (LOW, HIGH)) -> Scores:
     return scores
 
 
-def shown_at(trained: Trained, teacher: Target, size: int) -> int:
-    """Return the side at which a teacher sees what the student sees at `size`."""
-    if not teacher.takes_any_size:
-        return teacher.native_size
-    return size // trained.target.patch * teacher.patch
+def told_at(trained: Trained, teacher: TeacherTarget, split: Split, size: int) -> Maps:
+    """Return what a teacher says of pictures that the student sees at `size`.
+
+    As many strides as the student has patches where it takes any size; full canvases for SAM below
+    its own; the native size else.
+    """
+    side = size // trained.target.patch
+    mode = mode_switch.mode_at(teacher.teacher, (side, side))
+    if mode != "mosaic":
+        shown = side * teacher.patch if mode == "match" else teacher.native_size
+        return features_of(teacher, split, "features", shown)
+    starts = range(0, len(split), BATCH)
+    parts = (range(start, min(start + BATCH, len(split))) for start in starts)
+    return torch.cat([mode_switch.matched(teacher, (side, side), split, part) for part in parts])
 
 
 def neighbours(trained: Trained) -> Scores:

@@ -33,8 +33,9 @@ FINDING = Finding(
     "finding 2).",
     how="`all at all` learns from every teacher at both resolutions, `split` from CLIP and SigLIP "
     f"at {LOW} px only and from DINOv2 and SAM at {HIGH} px only. e = 1 - 1/fidelity is the share "
-    "of a teacher's variance that is explained; evenness is min e / max e over all sizes between. "
-    "Compared are evenness, and e where the split run never saw the teacher.",
+    "of a teacher's variance that is explained; evenness is min e / max e over all sizes between, "
+    "and says little where e is below 0.1 everywhere. How high e is cannot be compared: the split "
+    "run shows 2 pictures a step to DINOv2 and SAM instead of 18.",
     arms=(
         Arm(ALL),
         Arm(SPLIT, (stages({"low": (LOW, 16, SEEN_AT[LOW]), "high": (HIGH, 2, SEEN_AT[HIGH])}),)),
@@ -42,10 +43,11 @@ FINDING = Finding(
     measure=measure,
     comparisons=(
         *against(ALL, SPLIT, [f"evenness/{name}" for name in TEACHERS], HIGHER),
-        *against(ALL, SPLIT, [f"e/{name}@{HIGH}" for name in SEEN_AT[LOW]], HIGHER),
-        *against(ALL, SPLIT, [f"e/{name}@{LOW}" for name in SEEN_AT[HIGH]], HIGHER),
+        *against(ALL, SPLIT, [f"e/{name}@{HIGH}" for name in TEACHERS], None),
+        *against(ALL, SPLIT, [f"e/{name}@{LOW}" for name in TEACHERS], None),
     ),
     tables={"Evenness, 1 is the same everywhere": ("evenness/*",), "e": ("e/*",)},
     label="e = 1 - 1/fidelity",
     lines=("e/*",),
+    across="px a side",
 )

@@ -48,5 +48,5 @@ FINDING = Finding(
     ),
     tables={"Cost and quality": (COST, *QUALITY)},
     label="score",
-    bars=QUALITY,
+    points=QUALITY,
 )

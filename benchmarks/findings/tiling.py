@@ -61,5 +61,5 @@ FINDING = Finding(
     ),
     tables={"Error, 0 is equivariant": ("student *", "siglip *")},
     label="1 - cos, centred",
-    bars=("student *", "siglip *"),
+    points=("student *", "siglip *"),
 )

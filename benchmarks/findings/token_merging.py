@@ -96,6 +96,7 @@ FINDING = Finding(
         for other in ("pooled", "random")
     ),
     tables={"Share of variance kept": ("kept/*",), "mIoU": ("miou/*",)},
-    label="share of variance kept, over tokens",
+    label="share of variance kept",
     lines=("kept/*",),
+    across="tokens of 256",
 )

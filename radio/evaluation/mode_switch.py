@@ -219,7 +219,7 @@ def _at_size(
             if mode_at(teacher.teacher, _grid(predicted)) == "native":
                 y = native[name][part.start : part.stop]
             else:
-                y = _matched(teacher, _grid(predicted), split, part)
+                y = matched(teacher, _grid(predicted), split, part)
             sums[name].update(predicted, y)
         if report is not None:
             report(part.stop, len(split))
@@ -237,8 +237,11 @@ def mode_at(teacher: Teacher, grid: Grid) -> str:
     return "mosaic" if fits and "mosaic" in teacher.view_modes else "native"
 
 
-def _matched(target: TeacherTarget, grid: Grid, split: Split, part: range) -> Maps:
-    """Return what a teacher says of pictures that have as many strides as the grid positions."""
+def matched(target: TeacherTarget, grid: Grid, split: Split, part: range) -> Maps:
+    """Return what a teacher says of pictures that have as many strides as the grid positions.
+
+    One of a fixed size sees them on full canvases.
+    """
     teacher, (height, width) = target.teacher, (side * target.patch for side in grid)
     pixels = target.normalised(_shown(split, part, (height, width)))
     if teacher.takes_any_size:
