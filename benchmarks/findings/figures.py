@@ -48,7 +48,7 @@ def _points(figure: Figure, finding: Finding, records: Sequence[Record]) -> None
         panels = {"": {metric: seeds(arms[0], metric) for metric in metrics}}
     else:
         panels = {metric: {arm: seeds(arm, metric) for arm in arms} for metric in metrics}
-    across = min(MOST_ACROSS, len(panels))
+    across = 2 if len(panels) == 4 else min(MOST_ACROSS, len(panels))
     down = -(-len(panels) // across)
     rows = max(len(panel) for panel in panels.values())
     figure.set_size_inches(WIDTH, 0.5 + down * (0.7 + ROW * rows))
