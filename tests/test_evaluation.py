@@ -24,10 +24,22 @@ from radio.evaluation.evaluate import FIDELITY, TASKS, evaluate, measure, task_n
 from radio.evaluation.features import features_of
 from radio.evaluation.knn import knn_votes
 from radio.evaluation.linear import logistic_regression, standardised
+from radio.evaluation.masks import ratio
+from radio.evaluation.mode_switch import worst_ratio
 from radio.evaluation.pictures import Pictures
 from radio.evaluation.rank import rank_me
-from radio.evaluation.result import Options, Result, bootstrap, paired_bootstrap
-from radio.evaluation.similarity import cka, resampled_cka
+from radio.evaluation.result import (
+    Options,
+    Result,
+    Statistic,
+    bootstrap,
+    mean,
+    paired_bootstrap,
+    weighted,
+)
+from radio.evaluation.retrieval import mean_recall
+from radio.evaluation.segmentation import mean_iou
+from radio.evaluation.similarity import _shares, cka, cka_interval
 from radio.evaluation.target import Target
 from radio.evaluation.targets import PixelsTarget
 
@@ -240,6 +252,40 @@ def test_pairs_share_their_pictures() -> None:
         paired_bootstrap(ours, theirs[:9], statistic)
 
 
+@pytest.mark.parametrize(
+    ("statistic", "shape"),
+    [
+        (mean, ()),
+        (ratio, (2,)),
+        (mean_recall, (2, 2)),
+        (worst_ratio, (3, 4, 2)),
+        (mean_iou, (5, 5)),
+    ],
+)
+def test_pictures_that_weigh_twice_are_pictures_that_are_there_twice(
+    statistic: Statistic, shape: tuple[int, ...]
+) -> None:
+    rng = np.random.default_rng(0)
+    for dtype in (np.int32, np.float64):
+        rows = (rng.random((30, *shape)) * 9 + 1).astype(dtype)
+        times = rng.integers(0, 3, 30)
+        found = statistic(weighted(rows, times * (30 / times.sum())))
+        assert found == pytest.approx(statistic(np.repeat(rows, times, axis=0)))
+        assert found != pytest.approx(statistic(rows))
+
+
+def test_a_class_in_a_single_picture_is_in_every_resample() -> None:
+    samples = np.zeros((40, 2, 2), np.int32)
+    samples[:, 0, 0], samples[:, 0, 1] = 90, 10
+    samples[7, 1] = (5, 0)  # of the second class, which is never found
+    score = mean_iou(samples)
+    low, high = bootstrap(samples, mean_iou)
+    assert 0.4 < score < 0.5 and low < score < high < 0.5
+    assert (low + high) / 2 == pytest.approx(score, abs=0.01)
+    least = samples[7:8] * 1e-3
+    assert mean_iou(least) == pytest.approx(mean_iou(samples[7:8]))
+
+
 def test_options_refuse_what_makes_no_sense() -> None:
     for options in ({"prompt": "scribble"}, {"size": 0}, {"sizes": (64, -1)}, {"classes": (1, 1)}):
         with pytest.raises(RadioError):
@@ -305,7 +351,7 @@ def oracle_cka(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.linalg.norm(a.T @ b) ** 2 / norms)
 
 
-def test_cka_and_its_resamples_are_those_of_the_definition() -> None:
+def test_cka_is_that_of_the_definition() -> None:
     generator = torch.Generator().manual_seed(0)
     a = torch.randn(40, 6, generator=generator)
     b = a[:, :4] + 0.5 * torch.randn(40, 4, generator=generator)
@@ -314,10 +360,43 @@ def test_cka_and_its_resamples_are_those_of_the_definition() -> None:
     turned = torch.linalg.qr(torch.randn(6, 6, generator=generator))[0]
     assert cka(a, 3 * a @ turned + 7) == pytest.approx(1, abs=1e-5)
     assert cka(a, torch.ones(40, 2)) == 0
-    chosen = torch.randint(40, (300, 40), generator=torch.Generator().manual_seed(5)).numpy()
-    drawn = [oracle_cka(ours[rows], theirs[rows]) for rows in chosen]
-    expected = np.percentile(drawn, (2.5, 97.5))
-    np.testing.assert_allclose(resampled_cka(a, b, 300, 5), expected, rtol=1e-9)
+
+
+def test_the_interval_of_cka_is_about_its_score_and_as_wide_as_it_varies() -> None:
+    """Where pictures are repeated, the CKA of two random targets is below its own interval."""
+    generator = torch.Generator().manual_seed(0)
+    for shared in (0.0, 1.0):
+        scores, widths = [], []
+        for _ in range(40):
+            a = torch.randn(100, 40, generator=generator)
+            b = shared * a + torch.randn(100, 40, generator=generator)
+            score, (low, high) = cka(a, b), cka_interval(a, b, 300)
+            assert (low + high) / 2 == pytest.approx(score, abs=(high - low) / 6)
+            scores.append(score)
+            widths.append((high - low) / (2 * 1.96))
+        assert 0.8 < np.mean(widths) / np.std(scores) < 2
+    assert cka_interval(a, 3 * a + 7) == pytest.approx((1, 1), abs=1e-6)
+    assert cka_interval(a, torch.ones(100, 2)) == (0, 0)
+    assert cka_interval(a, b, seed=1) == cka_interval(a, b, seed=1) != cka_interval(a, b, seed=2)
+
+
+def test_a_picture_s_effect_on_cka_is_what_its_weight_changes() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(30, 5, generator=generator)
+    b = a[:, :4] + torch.randn(30, 4, generator=generator)
+    ours, theirs = a.double().numpy(), b.double().numpy()
+    _, effects = _shares(a, b)
+    for picture in (0, 11):
+        found = []
+        for step in (1e-5, -1e-5):
+            weights = np.ones(30)
+            weights[picture] += step
+            root = np.sqrt(weights)[:, None]
+            x, y = (v - np.average(v, axis=0, weights=weights) for v in (ours, theirs))
+            x, y = x * root, y * root
+            norms = np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y)
+            found.append(np.log(np.linalg.norm(x.T @ y) ** 2 / norms))
+        assert effects[picture] == pytest.approx((found[0] - found[1]) / 2e-5, rel=1e-5)
 
 
 @pytest.mark.parametrize("task", ["knn", "linear", "rank", "similarity"])

@@ -35,7 +35,7 @@ class Asked:
     instances: list[Instance]
 
     def by_picture(self, scores: Scores) -> Float[np.ndarray, "pictures 2"]:
-        """Return (sum of scores, instances) of every picture that has one; resampled together."""
+        """Return (sum of scores, instances) of every picture that has one; weighted together."""
         places = np.unique(self.pictures, return_inverse=True)[1]
         return np.stack([np.bincount(places, scores), np.bincount(places)], axis=1)
 

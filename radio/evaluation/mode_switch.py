@@ -79,7 +79,7 @@ def mode_switch(
     size, and of one with nothing around it, so that its native features, or canvases with grey
     where no whole picture fits, would tear holes into the curve, whatever the encoder does. Sizes
     run from the smallest to the largest of `options.sizes`; from half the native size if not given.
-    The interval resamples pictures, the mean staying that of all.
+    The interval weighs pictures, the mean staying that of all.
 
     Raises:
         RadioError: the target is no encoder, its folder does not say how to build a teacher, the

@@ -32,7 +32,7 @@ def retrieval(
     A picture's query is a hit at k if one of its captions is among the k nearest of all captions;
     a caption's, if a picture that has it, word for word, is among the k nearest pictures (the
     Flickr8k protocol of Karpathy and Fei-Fei, 1412.2306, with equal texts told apart by nobody).
-    The gallery is always the whole split; what comes first wins a tie. Intervals resample pictures
+    The gallery is always the whole split; what comes first wins a tie. Intervals weigh pictures
     together with their captions.
 
     Raises:
