@@ -13,6 +13,7 @@ from torch import Tensor
 from radio.config import TeacherConfig
 from radio.data.mosaic import Mosaic
 from radio.encoder.images import nearest_size, resized
+from radio.encoder.same_teacher import check_fingerprint
 from radio.errors import RadioError
 from radio.evaluation.features import features_of
 from radio.evaluation.pictures import Pictures, Split
@@ -192,11 +193,7 @@ def _build(target: Target, name: str) -> TeacherTarget:
         )
     config = TeacherConfig(facts["kind"], dict(facts["options"]), facts["pretrained"])
     teacher = TeacherTarget(name, config, int(facts["seed"]))
-    if facts.get("fingerprint", teacher.fingerprint) != teacher.fingerprint:
-        raise RadioError(
-            f"teacher '{name}' has other weights than when '{target.name}' was distilled from it; "
-            "what the encoder explains of it would mean nothing"
-        )
+    check_fingerprint(name, facts, teacher.fingerprint, f"'{target.name}'")
     return teacher
 
 
