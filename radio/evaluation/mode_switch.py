@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from radio.config import TeacherConfig
@@ -41,12 +41,21 @@ class Explained:
         self.squares: list[Tensor] = []
         self.residuals: list[Tensor] = []
 
-    def update(self, predicted: Maps, target: Others) -> None:
-        """Add some pictures, in float64, at the coarser of the two grids."""
+    def update(
+        self, predicted: Maps, target: Others, valid: Bool[Tensor, "n rows columns"] | None = None
+    ) -> None:
+        """Add some pictures, in float64, at the coarser of the two grids.
+
+        `valid` says which positions count, of maps that have one grid; all if not given.
+        """
         grid = coarser(_grid(predicted), _grid(target))
         y = to_grid(target, grid).double().flatten(2)
         error = to_grid(predicted, grid).double().flatten(2) - y
-        self.counts.append(torch.full((len(y),), float(y.shape[2]), dtype=torch.float64))
+        known = torch.ones(len(y), y.shape[2], dtype=torch.bool)
+        if valid is not None:
+            known = valid.flatten(1)
+            y, error = (values.masked_fill(~known[:, None], 0) for values in (y, error))
+        self.counts.append(known.sum(dim=1).double())
         self.sums.append(y.sum(dim=2))
         self.squares.append(y.square().sum(dim=(1, 2)))
         self.residuals.append(error.square().sum(dim=(1, 2)))
