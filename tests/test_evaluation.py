@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from data_folder import sample, write_folder, write_split
-from picture_zoo import cut_in_half, saved
+from picture_zoo import cut_in_half, saved, write_tar
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
@@ -109,7 +109,10 @@ def test_classes_of_every_form(
     assert list(data.class_kinds.values()) == kinds
 
 
-@pytest.mark.parametrize("lines", ["red\n", "x\tred\n", "1\tred\n1\tblue\n"])
+@pytest.mark.parametrize(
+    "lines",
+    ["red\n", "x\tred\n", "1\tred\n1\tblue\n", "1\tn1\tred\n3\tn3\t\n", "1\t, red\n"],
+)
 def test_broken_classes_are_refused(lines: str, tmp_path: Path) -> None:
     with pytest.raises(RadioError, match=r"classes\.txt"):
         Pictures(write_folder(tmp_path / "data", 1, 1, lines))
@@ -170,6 +173,9 @@ def test_folders_without_shards_or_splits_are_refused(tmp_path: Path) -> None:
         Pictures(tmp_path).split("val")
     (tmp_path / "val-000000.tar").write_bytes(b"no tar")
     with pytest.raises(RadioError, match="no plain tar"):
+        Pictures(tmp_path).split("val")
+    write_tar(tmp_path / "val-000000.tar", [])
+    with pytest.raises(RadioError, match=r"'val' of .* has no sample in val-000000\.tar"):
         Pictures(tmp_path).split("val")
 
 
@@ -490,6 +496,9 @@ def test_the_command_prints_writes_and_draws(
         (["--task", "knn", "--figure", "x.pdf"], ".png or .svg"),
         (["--task", "knn,rank", "--figure", "x.png"], "one task"),
         (["--task", "knn", "--figure", "nowhere/x.png"], "nowhere"),
+        (["--task", "knn", "--json", "nowhere/x.json"], "--json: there is no folder nowhere"),
+        (["--task", "knn", "--json", "."], "--json: . is a folder"),
+        ([], "say with --task what to measure of an encoder, a teacher or a model: knn, linear,"),
     ],
 )
 def test_mistakes_of_the_command_are_said(
@@ -503,6 +512,22 @@ def test_mistakes_of_the_command_are_said(
     monkeypatch.chdir(tmp_path)
     assert say(monkeypatch, "pixels", "--data", str(folder), *words) == 2
     assert said in capsys.readouterr().err
+
+
+def test_what_is_measured_before_a_mistake_is_kept(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["pixels", "--data", str(folder), "--size", "8", "--json", str(tmp_path / "x.json")]
+    assert say(monkeypatch, *words, "--task", "knn,similarity,rank") == 2
+    said = capsys.readouterr()
+    assert "neighbours" in said.out and "name the second" in said.err
+    assert [one["task"] for one in json.loads((tmp_path / "x.json").read_text())] == ["knn"]
+    (tmp_path / "x.json").unlink()
+    assert say(monkeypatch, *words, "--task", "similarity,knn") == 2
+    assert not capsys.readouterr().out and not (tmp_path / "x.json").exists()
 
 
 def test_numbers_are_read_from_words_and_files() -> None:

@@ -103,7 +103,7 @@ def test_every_command_means_the_options_that_were_measured(
 
     def caught(*given: Any) -> Any:
         seen.append(given)
-        return {}, []
+        return {}, [], None
 
     monkeypatch.setattr(command_module, "run", caught)
     student = SETTING.jobs(Subject("student", "pocket", "student"))
