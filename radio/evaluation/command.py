@@ -47,9 +47,11 @@ def run(
             started = time.monotonic()
             found = evaluate(target, FIDELITY, data, progress.update, options)
             seconds = time.monotonic() - started
+            low_high = found["interval"]
+            result = Result(**found | {"interval": low_high and tuple(low_high)})
             if figure is not None:
-                save_figure(Result(**found), figure)
-            tables = [result_table([(Result(**found), seconds)])]
+                save_figure(result, figure)
+            tables = [result_table([(result, seconds)])]
             return found, [*tables, held_out_table([], rows_of(found))], None
         measured, failed = _measured(measure(target, tasks, data, options, progress.update))
     if figure is not None:

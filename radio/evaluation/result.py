@@ -150,4 +150,5 @@ def _weights(count: int, resamples: int, seed: int) -> NDArray[np.float64]:
     if not count:
         raise RadioError("there is no picture to score; expected one or more")
     drawn = np.random.default_rng(seed).standard_exponential((resamples, count))
-    return drawn / drawn.mean(axis=1, keepdims=True)
+    weights: NDArray[np.float64] = drawn / drawn.mean(axis=1, keepdims=True)
+    return weights
