@@ -168,6 +168,7 @@ def encode(
     from radio.extraction.encode import encode as encode_sources
     from radio.progress import ProgressDisplay
 
+    _check_json(json_file)
     encoder = load(default() if model is None else model)
     with ProgressDisplay() as progress:
         progress.phase("encoding")
@@ -251,11 +252,14 @@ def evaluate(
         ignore=ignore,
         seed=seed,
     )
-    found, tables = run(target, task.split(","), data, options, figure)
+    _check_json(json_file)
+    found, tables, failed = run(target, task.split(","), data, options, figure)
     _write_json(found, json_file)
     if json_file != "-":
         for table in tables:
             out.print(table)
+    if failed is not None:
+        raise failed
 
 
 @app.command()
@@ -366,6 +370,16 @@ def _print_result(result: Any) -> None:
         err.print(f"damaged pictures, replaced by others: {len(result.damaged)}")
         for key, reason in list(result.damaged.items())[:10]:
             err.print(f"  {key}: {reason}", highlight=False, markup=False)
+
+
+def _check_json(file: str | None) -> None:
+    """Refuse a file that `_write_json` could not write, before what takes long."""
+    if file is None or file == "-":
+        return
+    path = Path(file)
+    if path.is_dir() or not path.parent.is_dir():
+        what = f"{path} is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+        raise RadioError(f"--json: {what}; expected a file in a folder that exists, or -")
 
 
 def _write_json(value: Any, file: str | None) -> None:

@@ -201,9 +201,11 @@ def test_a_run_is_fused_and_encodes_pictures(
 def test_evaluate_measures_what_the_run_did(
     trained: Path, tmp_path: Path, radio_here: Radio
 ) -> None:
-    done = radio_here("evaluate", str(trained), "--json", "-", cwd=tmp_path)
+    files = ("--json", "found.json", "--figure", "found.svg")
+    done = radio_here("evaluate", str(trained), *files, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
+    assert "95 % interval" in done.stdout and "<svg" in (tmp_path / "found.svg").read_text()
+    result = json.loads((tmp_path / "found.json").read_text())
     (after,) = [record for record in rows_of(trained) if record["step"] == 2]
     assert result["details"]["rows"] == after["held_out"]
     assert result["score"] == min(r["fidelity"] for r in after["held_out"] if not r["merged"])

@@ -19,6 +19,7 @@ import radio
 from radio.encoder.encoder import Encoder
 from radio.encoder.weights import TeacherHeads
 from radio.errors import RadioError
+from teachers import build_teacher
 from teachers.open_clip_tower import register_models
 from teachers.text import zero_shot_weights
 
@@ -84,6 +85,14 @@ def test_seeded_teachers_have_their_seeded_text() -> None:
     torch.manual_seed(7)
     model = open_clip.create_model("demo-clip").eval().requires_grad_(False)
     assert torch.equal(encoder_with().encode_text(TEXTS), expected(model, TEXTS))
+
+
+def test_the_tower_of_a_teacher_that_was_trained_anew_is_refused() -> None:
+    of_then = build_teacher("clip", "clip", {"model": "demo-clip"}, None, 7).fingerprint
+    assert encoder_with(fingerprint=of_then).encode_text(TEXTS).shape == (2, 128)
+    now = encoder_with(fingerprint=of_then, seed=8)
+    with pytest.raises(RadioError, match=rf"'clip' has other weights .*then {of_then[:12]}\)"):
+        now.encode_text(TEXTS)
 
 
 def test_other_weights_can_be_given_and_stay(whole: tuple[nn.Module, Path]) -> None:

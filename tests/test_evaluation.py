@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from data_folder import sample, write_folder, write_split
-from picture_zoo import cut_in_half, saved
+from picture_zoo import cut_in_half, saved, write_tar
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
@@ -24,10 +24,22 @@ from radio.evaluation.evaluate import FIDELITY, TASKS, evaluate, measure, task_n
 from radio.evaluation.features import features_of
 from radio.evaluation.knn import knn_votes
 from radio.evaluation.linear import logistic_regression, standardised
+from radio.evaluation.masks import ratio
+from radio.evaluation.mode_switch import worst_ratio
 from radio.evaluation.pictures import Pictures
 from radio.evaluation.rank import rank_me
-from radio.evaluation.result import Options, Result, bootstrap, paired_bootstrap
-from radio.evaluation.similarity import cka, resampled_cka
+from radio.evaluation.result import (
+    Options,
+    Result,
+    Statistic,
+    bootstrap,
+    mean,
+    paired_bootstrap,
+    weighted,
+)
+from radio.evaluation.retrieval import mean_recall
+from radio.evaluation.segmentation import mean_iou
+from radio.evaluation.similarity import _shares, cka, cka_interval
 from radio.evaluation.target import Target
 from radio.evaluation.targets import PixelsTarget
 
@@ -97,7 +109,10 @@ def test_classes_of_every_form(
     assert list(data.class_kinds.values()) == kinds
 
 
-@pytest.mark.parametrize("lines", ["red\n", "x\tred\n", "1\tred\n1\tblue\n"])
+@pytest.mark.parametrize(
+    "lines",
+    ["red\n", "x\tred\n", "1\tred\n1\tblue\n", "1\tn1\tred\n3\tn3\t\n", "1\t, red\n"],
+)
 def test_broken_classes_are_refused(lines: str, tmp_path: Path) -> None:
     with pytest.raises(RadioError, match=r"classes\.txt"):
         Pictures(write_folder(tmp_path / "data", 1, 1, lines))
@@ -158,6 +173,9 @@ def test_folders_without_shards_or_splits_are_refused(tmp_path: Path) -> None:
         Pictures(tmp_path).split("val")
     (tmp_path / "val-000000.tar").write_bytes(b"no tar")
     with pytest.raises(RadioError, match="no plain tar"):
+        Pictures(tmp_path).split("val")
+    write_tar(tmp_path / "val-000000.tar", [])
+    with pytest.raises(RadioError, match=r"'val' of .* has no sample in val-000000\.tar"):
         Pictures(tmp_path).split("val")
 
 
@@ -240,6 +258,40 @@ def test_pairs_share_their_pictures() -> None:
         paired_bootstrap(ours, theirs[:9], statistic)
 
 
+@pytest.mark.parametrize(
+    ("statistic", "shape"),
+    [
+        (mean, ()),
+        (ratio, (2,)),
+        (mean_recall, (2, 2)),
+        (worst_ratio, (3, 4, 2)),
+        (mean_iou, (5, 5)),
+    ],
+)
+def test_pictures_that_weigh_twice_are_pictures_that_are_there_twice(
+    statistic: Statistic, shape: tuple[int, ...]
+) -> None:
+    rng = np.random.default_rng(0)
+    for dtype in (np.int32, np.float64):
+        rows = (rng.random((30, *shape)) * 9 + 1).astype(dtype)
+        times = rng.integers(0, 3, 30)
+        found = statistic(weighted(rows, times * (30 / times.sum())))
+        assert found == pytest.approx(statistic(np.repeat(rows, times, axis=0)))
+        assert found != pytest.approx(statistic(rows))
+
+
+def test_a_class_in_a_single_picture_is_in_every_resample() -> None:
+    samples = np.zeros((40, 2, 2), np.int32)
+    samples[:, 0, 0], samples[:, 0, 1] = 90, 10
+    samples[7, 1] = (5, 0)  # of the second class, which is never found
+    score = mean_iou(samples)
+    low, high = bootstrap(samples, mean_iou)
+    assert 0.4 < score < 0.5 and low < score < high < 0.5
+    assert (low + high) / 2 == pytest.approx(score, abs=0.01)
+    least = samples[7:8] * 1e-3
+    assert mean_iou(least) == pytest.approx(mean_iou(samples[7:8]))
+
+
 def test_options_refuse_what_makes_no_sense() -> None:
     for options in ({"prompt": "scribble"}, {"size": 0}, {"sizes": (64, -1)}, {"classes": (1, 1)}):
         with pytest.raises(RadioError):
@@ -305,7 +357,7 @@ def oracle_cka(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.linalg.norm(a.T @ b) ** 2 / norms)
 
 
-def test_cka_and_its_resamples_are_those_of_the_definition() -> None:
+def test_cka_is_that_of_the_definition() -> None:
     generator = torch.Generator().manual_seed(0)
     a = torch.randn(40, 6, generator=generator)
     b = a[:, :4] + 0.5 * torch.randn(40, 4, generator=generator)
@@ -314,10 +366,43 @@ def test_cka_and_its_resamples_are_those_of_the_definition() -> None:
     turned = torch.linalg.qr(torch.randn(6, 6, generator=generator))[0]
     assert cka(a, 3 * a @ turned + 7) == pytest.approx(1, abs=1e-5)
     assert cka(a, torch.ones(40, 2)) == 0
-    chosen = torch.randint(40, (300, 40), generator=torch.Generator().manual_seed(5)).numpy()
-    drawn = [oracle_cka(ours[rows], theirs[rows]) for rows in chosen]
-    expected = np.percentile(drawn, (2.5, 97.5))
-    np.testing.assert_allclose(resampled_cka(a, b, 300, 5), expected, rtol=1e-9)
+
+
+def test_the_interval_of_cka_is_about_its_score_and_as_wide_as_it_varies() -> None:
+    """Where pictures are repeated, the CKA of two random targets is below its own interval."""
+    generator = torch.Generator().manual_seed(0)
+    for shared in (0.0, 1.0):
+        scores, widths = [], []
+        for _ in range(40):
+            a = torch.randn(100, 40, generator=generator)
+            b = shared * a + torch.randn(100, 40, generator=generator)
+            score, (low, high) = cka(a, b), cka_interval(a, b, 300)
+            assert (low + high) / 2 == pytest.approx(score, abs=(high - low) / 6)
+            scores.append(score)
+            widths.append((high - low) / (2 * 1.96))
+        assert 0.8 < np.mean(widths) / np.std(scores) < 2
+    assert cka_interval(a, 3 * a + 7) == pytest.approx((1, 1), abs=1e-6)
+    assert cka_interval(a, torch.ones(100, 2)) == (0, 0)
+    assert cka_interval(a, b, seed=1) == cka_interval(a, b, seed=1) != cka_interval(a, b, seed=2)
+
+
+def test_a_picture_s_effect_on_cka_is_what_its_weight_changes() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(30, 5, generator=generator)
+    b = a[:, :4] + torch.randn(30, 4, generator=generator)
+    ours, theirs = a.double().numpy(), b.double().numpy()
+    _, effects = _shares(a, b)
+    for picture in (0, 11):
+        found = []
+        for step in (1e-5, -1e-5):
+            weights = np.ones(30)
+            weights[picture] += step
+            root = np.sqrt(weights)[:, None]
+            x, y = (v - np.average(v, axis=0, weights=weights) for v in (ours, theirs))
+            x, y = x * root, y * root
+            norms = np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y)
+            found.append(np.log(np.linalg.norm(x.T @ y) ** 2 / norms))
+        assert effects[picture] == pytest.approx((found[0] - found[1]) / 2e-5, rel=1e-5)
 
 
 @pytest.mark.parametrize("task", ["knn", "linear", "rank", "similarity"])
@@ -411,6 +496,9 @@ def test_the_command_prints_writes_and_draws(
         (["--task", "knn", "--figure", "x.pdf"], ".png or .svg"),
         (["--task", "knn,rank", "--figure", "x.png"], "one task"),
         (["--task", "knn", "--figure", "nowhere/x.png"], "nowhere"),
+        (["--task", "knn", "--json", "nowhere/x.json"], "--json: there is no folder nowhere"),
+        (["--task", "knn", "--json", "."], "--json: . is a folder"),
+        ([], "say with --task what to measure of an encoder, a teacher or a model: knn, linear,"),
     ],
 )
 def test_mistakes_of_the_command_are_said(
@@ -424,6 +512,22 @@ def test_mistakes_of_the_command_are_said(
     monkeypatch.chdir(tmp_path)
     assert say(monkeypatch, "pixels", "--data", str(folder), *words) == 2
     assert said in capsys.readouterr().err
+
+
+def test_what_is_measured_before_a_mistake_is_kept(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["pixels", "--data", str(folder), "--size", "8", "--json", str(tmp_path / "x.json")]
+    assert say(monkeypatch, *words, "--task", "knn,similarity,rank") == 2
+    said = capsys.readouterr()
+    assert "neighbours" in said.out and "name the second" in said.err
+    assert [one["task"] for one in json.loads((tmp_path / "x.json").read_text())] == ["knn"]
+    (tmp_path / "x.json").unlink()
+    assert say(monkeypatch, *words, "--task", "similarity,knn") == 2
+    assert not capsys.readouterr().out and not (tmp_path / "x.json").exists()
 
 
 def test_numbers_are_read_from_words_and_files() -> None:

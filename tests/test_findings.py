@@ -193,6 +193,13 @@ def test_the_interval_over_pictures_is_the_paired_bootstrap_for_one_seed() -> No
         assert ours == pytest.approx(paired_bootstrap(a, b, STATISTICS[name]))
     several = over_pictures([Samples(a[:, 0])] * 3, [Samples(b[:, 0])] * 3)
     assert several == pytest.approx(paired_bootstrap(a[:, 0], b[:, 0]))
+    for name, statistic in STATISTICS.items():
+        shape = {"evenness": (40, 3, 2), "mean_iou": (40, 3, 3)}.get(name, (40, 2))
+        rows = rng.random(shape[: 1 if name == "mean" else 3]) + 0.1
+        times = rng.integers(0, 3, 40)
+        repeated = Samples(np.repeat(rows, times, axis=0), name)
+        weighted = Samples(rows, name).score(times * (40 / times.sum()))
+        assert weighted == pytest.approx(repeated.score()) != statistic(rows)
     with pytest.raises(RadioError, match="the same ones"):
         over_pictures([Samples(a)], [Samples(b[:-1])])
     assert over_pictures([Samples(a), None], [Samples(b), Samples(b)]) is None

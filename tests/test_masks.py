@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ from segment_anything.build_sam import _build_sam
 from segment_anything.modeling import MaskDecoder as SamMaskDecoder
 from segment_anything.modeling import PromptEncoder, Sam, TwoWayTransformer
 from segment_anything.modeling.image_encoder import ImageEncoderViT
+from small_encoder import head, small_weights
 
+from radio.encoder.weights import TeacherHeads
 from radio.errors import RadioError
 from radio.evaluation.masks import asked_of, masks
 from radio.evaluation.pictures import Pictures
@@ -36,6 +39,7 @@ from radio.evaluation.prompts import (
 )
 from radio.evaluation.result import Options
 from radio.evaluation.shapes import average_mask, best_box_shape, best_point_shape, iou
+from radio.evaluation.target_kinds import EncoderTarget
 from radio.evaluation.targets import resolve
 from teachers import build_teacher
 from teachers.base import seeded
@@ -245,6 +249,24 @@ def test_the_best_constant_is_the_truth_where_there_is_one():
     assert best_point_shape([drawn(disc)]).name == "disc, radius 0.2 of sqrt(h w)"
 
 
+def test_the_decoder_of_a_teacher_that_was_trained_anew_is_refused(tmp_path: Path):
+    path = str(tmp_path / "sam.pth")
+    torch.save(small_sam().state_dict(), path)
+    of_then = build_teacher("sam", "edges", SMALL, path, 0).fingerprint
+    facts = {"kind": "sam", "options": SMALL, "pretrained": path, "seed": 0}
+    heads = TeacherHeads(None, {"features": head(96, SMALL["width"])}, {}, facts)
+    heads.facts["fingerprint"] = of_then
+    target = EncoderTarget("mine", replace(small_weights(), teachers={"edges": heads}))
+    assert target.mask_decoder().width == SMALL["width"]
+    state = small_sam().state_dict()
+    torch.save({key: value + 1e-3 for key, value in state.items()}, path)
+    with pytest.raises(RadioError, match="'edges' has other weights than when 'mine' was"):
+        target.mask_decoder()
+    (tmp_path / "sam.pth").unlink()
+    with pytest.raises(RadioError, match=r"still the teacher of 'mine' cannot be said.*sam\.pth"):
+        target.mask_decoder()
+
+
 def test_iou_counts_pixels():
     first, second = np.zeros((2, 4, 4), bool)
     assert iou(first, second) == 0
@@ -341,6 +363,16 @@ def test_gains_are_paired_with_the_constant(data: Path, tmp_path: Path):
 def test_targets_without_masks_are_refused(data: Path):
     with pytest.raises(RadioError, match="no mask decoder"):
         masks(resolve("pixels"), Pictures(data), Options())
+
+
+def test_features_that_the_decoder_does_not_read_are_refused(data: Path):
+    facts = {"kind": "sam", "options": SMALL, "pretrained": None, "seed": 0}
+    states = {"features": head(96, SMALL["width"]), "summary": head(96, 5)}
+    heads = {"edges": TeacherHeads(0, states, {}, facts)}
+    target = EncoderTarget("mine", replace(small_weights(), teachers=heads))
+    for name, said in (("features", r"\[96, 4, 4\]"), ("edges:summary", r"\[5\]")):
+        with pytest.raises(RadioError, match=rf"'{name}' of 'mine' gives {said} .*\[24, h, w\]"):
+            masks(target, Pictures(data), Options(features=name))
 
 
 def test_a_split_without_instances_is_refused(data: Path, tmp_path: Path):

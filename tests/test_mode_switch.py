@@ -218,6 +218,7 @@ def test_what_cannot_be_compared_is_refused(data: Pictures) -> None:
         mode_switch(student, data, Options(sizes=(50, 96)))
     with pytest.raises(RadioError, match="'parts' has other weights than when 'student' was"):
         mode_switch(encoder(fingerprint="0" * 64), data, Options())
+    assert mode_switch(encoder(fingerprint=parts().fingerprint), data, Options(sizes=(48, 64)))
     older = encoder()
     older.facts["parts"] = {"kind": "fake"}
     with pytest.raises(RadioError, match=r"how to build the teacher 'parts'.*no options, pretr"):

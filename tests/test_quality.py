@@ -103,7 +103,7 @@ def test_every_command_means_the_options_that_were_measured(
 
     def caught(*given: Any) -> Any:
         seen.append(given)
-        return {}, []
+        return {}, [], None
 
     monkeypatch.setattr(command_module, "run", caught)
     student = SETTING.jobs(Subject("student", "pocket", "student"))
@@ -123,15 +123,15 @@ def test_every_command_means_the_options_that_were_measured(
 # Arithmetic
 
 
-def test_retention_is_the_hand_computed_share_with_the_same_pictures_drawn() -> None:
+def test_retention_is_the_hand_computed_share_with_the_same_weights_of_pictures() -> None:
     rng = np.random.default_rng(3)
     floor, teacher, student = (rng.random(40) + shift for shift in (0.0, 1.0, 0.6))
     found = retention(*(Side(v.mean(), v) for v in (student, teacher, floor)), mean)
     expected = (student.mean() - floor.mean()) / (teacher.mean() - floor.mean())
     assert found.share == pytest.approx(expected)
     shares = []
-    for rows in np.random.default_rng(0).integers(0, 40, (1000, 40)):
-        s, t, f = (np.mean([v[row] for row in rows]) for v in (student, teacher, floor))
+    for weights in np.random.default_rng(0).standard_exponential((1000, 40)):
+        s, t, f = (np.average(values, weights=weights) for values in (student, teacher, floor))
         shares.append((s - f) / (t - f))
     assert found.interval == pytest.approx(tuple(np.percentile(shares, (2.5, 97.5))))
     chance = retention(Side(0.4, student * 0 + 0.4), Side(0.6, teacher * 0 + 0.6), Side(0.2), mean)

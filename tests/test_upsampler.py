@@ -14,10 +14,13 @@ from torch import Tensor, nn
 from radio.checks import check
 from radio.config import Config
 from radio.data.configured import training_plan
+from radio.encoder.fuse import weights_of
+from radio.encoder.same_teacher import check_teacher
 from radio.errors import RadioError
 from radio.targets.stream import LocalStream
 from radio.targets.target_maker import Request
 from radio.targets.upsampler import FileUpsampler
+from radio.training.checkpoint import find_checkpoint
 from radio.training.distill import distill
 
 pytestmark = pytest.mark.usefixtures("no_report")
@@ -86,7 +89,13 @@ def test_targets_of_a_run_come_out_of_the_file(finer: Finer, file: Path, tmp_pat
 
 
 def test_a_run_trains_on_sharpened_features(file: Path, tmp_path: Path) -> None:
-    assert len(losses_of(distill(sharpened(tmp_path, file)).out)) == 2
+    run = distill(sharpened(tmp_path, file)).out
+    assert len(losses_of(run)) == 2
+    facts = {name: heads.facts for name, heads in weights_of(find_checkpoint(run)).teachers.items()}
+    for name in ("words", "parts"):  # with the file and without
+        check_teacher(name, facts[name], "it")
+        with pytest.raises(RadioError, match="other weights than when it was"):
+            check_teacher(name, {**facts[name], "seed": 9}, "it")
 
 
 def test_files_that_would_run_code_are_refused(file: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from radio.encoder.weights import TeacherHeads
 from radio.errors import RadioError
 from radio.evaluation.pictures import Pictures
 from radio.evaluation.result import Options
-from radio.evaluation.retrieval import first_rank
+from radio.evaluation.retrieval import first_rank, retrieval
 from radio.evaluation.target_kinds import EncoderTarget, PixelsTarget, TeacherTarget
 from radio.evaluation.templates import TEMPLATES, templates_of
 from radio.evaluation.zero_shot import ranks_of, zero_shot
@@ -163,6 +163,18 @@ def test_what_does_not_match_is_refused(
     bare = write_data(tmp_path / "bare", [{"txt": "a dog"}], NAMES)
     with pytest.raises(RadioError, match=r"has no cls; its fields are: jpg, txt"):
         zero_shot(clip, bare, Options())
+
+
+@pytest.mark.parametrize("task", [zero_shot, retrieval])
+def test_the_tokens_of_another_tokenizer_are_refused(
+    task: Any, clip: TeacherTarget, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_data(tmp_path / "both", [{"cls": 3, "txt": "a"}, {"cls": 5, "txt": "b"}], NAMES)
+    tower = clip.text_tower()
+    tower.vocab = 10
+    monkeypatch.setattr(clip, "text_tower", lambda *_: tower)
+    with pytest.raises(RadioError, match=r"gives token \d+ .* knows 10; give the tokenizer of"):
+        task(clip, data, Options())
 
 
 def test_templates_are_a_list_or_a_file(tmp_path: Path) -> None:

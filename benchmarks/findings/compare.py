@@ -96,7 +96,7 @@ def over_pictures(
 ) -> Interval | None:
     """Return the 95 % interval of the mean over seeds of first - second; None without samples.
 
-    The same resampled pictures are taken in both arms and all seeds.
+    A picture weighs the same in both arms and all seeds.
 
     Raises:
         RadioError: other numbers of pictures.
@@ -110,10 +110,10 @@ def over_pictures(
             f"arms were measured on {sorted(counts)} pictures; expected the same ones, measure anew"
         )
 
-    def lead(chosen: NDArray[np.int64]) -> float:
-        return float(np.mean([a.score(chosen) - b.score(chosen) for a, b in pairs]))
+    def lead(weights: NDArray[np.float64]) -> float:
+        return float(np.mean([a.score(weights) - b.score(weights) for a, b in pairs]))
 
-    return bootstrap(np.arange(counts.pop()), lead)
+    return bootstrap(np.ones(counts.pop()), lead)
 
 
 def verdict(difference: float, intervals: Sequence[Interval | None], paper: str | None) -> str:

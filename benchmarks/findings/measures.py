@@ -22,7 +22,7 @@ from radio.evaluation import mode_switch
 from radio.evaluation.features import features_of
 from radio.evaluation.knn import knn
 from radio.evaluation.pictures import Split
-from radio.evaluation.result import Options, Statistic, mean
+from radio.evaluation.result import Options, Statistic, mean, weighted
 from radio.evaluation.segmentation import mean_iou, segmentation
 from radio.evaluation.target_kinds import TeacherTarget
 
@@ -62,9 +62,10 @@ class Samples:
     rows: NDArray[Any]
     statistic: str = "mean"
 
-    def score(self, pictures: NDArray[np.int64] | slice = slice(None)) -> float:
-        """Return the statistic of the rows of some pictures, or of all."""
-        return STATISTICS[self.statistic](self.rows[pictures])
+    def score(self, weights: NDArray[np.float64] | None = None) -> float:
+        """Return the statistic of the rows, as they are or weighted by picture."""
+        rows = self.rows if weights is None else weighted(self.rows, weights)
+        return STATISTICS[self.statistic](rows)
 
     def as_dict(self) -> dict[str, Any]:
         """Return what goes into JSON, seven digits of a value."""

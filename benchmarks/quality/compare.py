@@ -13,7 +13,14 @@ from benchmarks.quality.jobs import CONSTANT, PIXELS, ROWS, STUDENT, TEACHER, ad
 from benchmarks.quality.store import Record, Stored
 from radio.errors import RadioError
 from radio.evaluation.masks import ratio
-from radio.evaluation.result import Interval, Statistic, bootstrap, mean, paired_bootstrap
+from radio.evaluation.result import (
+    Interval,
+    Statistic,
+    bootstrap,
+    mean,
+    paired_bootstrap,
+    weighted,
+)
 from radio.evaluation.retrieval import TOP, mean_recall
 from radio.evaluation.segmentation import mean_iou
 
@@ -45,7 +52,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Retention:
-    """(student - floor) / (teacher - floor) with its 95 % interval over resampled pictures."""
+    """(student - floor) / (teacher - floor) with its 95 % interval over pictures."""
 
     share: float | None
     interval: Interval | None
@@ -71,7 +78,7 @@ def statistic_of(row: str) -> Statistic:
 def retention(student: Side, teacher: Side, floor: Side, statistic: Statistic) -> Retention:
     """Return what is kept; no share where the teacher is not above the floor.
 
-    The interval resamples pictures, the same for all three; a floor without values stays what it
+    The interval weighs pictures, the same way for all three; a floor without values stays what it
     is. None where a resample's teacher is not above the floor, or values are lacking.
 
     Raises:
@@ -88,12 +95,12 @@ def retention(student: Side, teacher: Side, floor: Side, statistic: Statistic) -
         counts = ", ".join(str(len(values)) for values in given)
         raise RadioError(f"results of {counts} pictures are compared; measure them on the same")
 
-    def kept(rows: NDArray[Any]) -> float:
-        scores = [statistic(values[rows]) for values in given]
+    def kept(weights: NDArray[np.float64]) -> float:
+        scores = [statistic(weighted(values, weights)) for values in given]
         low = scores[2] if len(scores) > 2 else floor.score
         return (scores[0] - low) / (scores[1] - low) if scores[1] > low else math.nan
 
-    interval = bootstrap(np.arange(len(given[0])), kept)
+    interval = bootstrap(np.ones(len(given[0])), kept)
     return Retention(share, None if math.isnan(interval[0]) else interval)
 
 

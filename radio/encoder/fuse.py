@@ -25,6 +25,7 @@ from radio.encoder.weights import (
     build_heads,
     filled_trunk,
 )
+from radio.files import sha256_of
 from radio.targets.fold import folded
 from radio.targets.standardize import Standardizer
 from radio.training.checkpoint import Checkpoint, find_checkpoint
@@ -137,14 +138,20 @@ def fold_standardizer(head: State, standardizer: Standardizer) -> State:
 
 
 def _facts(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
-    """Return what the folder says of a teacher; kind to seed also build its text tower."""
+    """Return what the folder says of a teacher; kind to seed also build its text tower.
+
+    `upsampler` is the SHA-256 of what the fingerprint covers beside the teacher, where there is
+    such a file.
+    """
     facts, teacher = checkpoint.state["teachers"][name], checkpoint.config.teachers[name]
+    finer = Path(teacher.upsampler) if teacher.upsampler is not None else None
     return {
         "kind": facts["kind"],
         "options": dict(teacher.options),
         "pretrained": teacher.pretrained,
         "seed": checkpoint.config.seed,
         "fingerprint": facts["fingerprint"],
+        **({"upsampler": sha256_of(finer)} if finer is not None and finer.is_file() else {}),
         "weights_licence": teacher.card.weights_licence,
         "source": teacher.card.source,
     }

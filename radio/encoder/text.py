@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from radio.encoder.same_teacher import check_teacher
 from radio.errors import RadioError
 from teachers.text import TEXT_KINDS, TextTower, build_text_tower
 
@@ -27,9 +28,13 @@ class TextSource:
     def build(self, weights: str | Path | None, tokenizer: str | Path | None) -> TextTower:
         """Build the tower; `weights` (file, folder or tag) go before those that the facts name.
 
+        Those of the facts must be what the encoder was distilled from; `weights` may hold texts
+        alone and are not compared.
+
         Raises:
-            RadioError: the folder says too little, weights or tokenizer cannot be had, or the
-                tower is of another width than the summary.
+            RadioError: the folder says too little, weights or tokenizer cannot be had, the
+                teacher's weights are others by now, or the tower is of another width than the
+                summary.
         """
         missing = [key for key in ("kind", "options") if key not in self.facts]
         if missing:
@@ -55,6 +60,8 @@ class TextSource:
             )
         except (ValueError, OSError) as error:
             raise RadioError(f"{error}; text_weights= and tokenizer= take local paths") from error
+        if weights is None:
+            check_teacher(self.name, self.facts, "this encoder")
         if tower.dim != self.summary_dim:
             raise RadioError(
                 f"the text tower of '{self.name}' gives {tower.dim} channels but its summary has "

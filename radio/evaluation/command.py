@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,10 @@ def run(
     data: str | None,
     options: Options,
     figure: Path | None = None,
-) -> tuple[Json, list[Table]]:
+) -> tuple[Json, list[Table], RadioError | None]:
     """Return a target's result as JSON, a list of several tasks', and the tables that show it.
+
+    What a later of several tasks raises is returned beside the results of those before it.
 
     Raises:
         RadioError: as `evaluate`; a figure of several tasks, or of no .png or .svg.
@@ -42,20 +44,39 @@ def run(
     with ProgressDisplay() as progress:
         progress.phase(", ".join(tasks))
         if list(tasks) == [FIDELITY]:
-            found = evaluate(target, FIDELITY, data, progress.update, options)
-            if figure is not None:
-                save_figure(Result(**found), figure)
-            return found, [held_out_table([], rows_of(found))]
-        measured: list[tuple[Result, float]] = []
-        started = time.monotonic()
-        for result in measure(target, tasks, data, options, progress.update):
-            measured.append((result, time.monotonic() - started))
             started = time.monotonic()
+            found = evaluate(target, FIDELITY, data, progress.update, options)
+            seconds = time.monotonic() - started
+            low_high = found["interval"]
+            result = Result(**found | {"interval": low_high and tuple(low_high)})
+            if figure is not None:
+                save_figure(result, figure)
+            tables = [result_table([(result, seconds)])]
+            return found, [*tables, held_out_table([], rows_of(found))], None
+        measured, failed = _measured(measure(target, tasks, data, options, progress.update))
     if figure is not None:
         save_figure(measured[0][0], figure)
     as_json = [result.as_dict() for result, _ in measured]
     details = [table for result, _ in measured for table in detail_tables(result)]
-    return as_json[0] if len(as_json) == 1 else as_json, [result_table(measured), *details]
+    tables = [result_table(measured), *details]
+    return as_json[0] if len(tasks) == 1 else as_json, tables, failed
+
+
+def _measured(
+    results: Iterator[Result],
+) -> tuple[list[tuple[Result, float]], RadioError | None]:
+    """Return results with their seconds and what ended them early, raised if there are none."""
+    measured: list[tuple[Result, float]] = []
+    started = time.monotonic()
+    try:
+        for result in results:
+            measured.append((result, time.monotonic() - started))
+            started = time.monotonic()
+    except RadioError as error:
+        if not measured:
+            raise
+        return measured, error
+    return measured, None
 
 
 def whole_numbers(option: str, text: str | None) -> tuple[int, ...] | None:

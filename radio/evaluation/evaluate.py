@@ -13,6 +13,7 @@ from radio.evaluation.pictures import Pictures
 from radio.evaluation.result import Options, Result
 from radio.evaluation.targets import Target, resolve
 from radio.progress import Report
+from radio.training.checkpoint import newest_checkpoint
 
 FIDELITY = "fidelity"
 # A task is the function of its name in the module of its name, with _ for -.
@@ -60,7 +61,16 @@ def evaluate(
     if task == FIDELITY:
         if isinstance(target, Target) or isinstance(data, Pictures):
             raise RadioError("fidelity takes the path of a run, and pictures by their path")
-        return fidelity(Path(target), None if data is None else str(data), progress)
+        path = Path(target)
+        if not (path / "state.yaml").exists() and not newest_checkpoint(path / "checkpoints"):
+            others = ", ".join(task for task in TASKS if task != FIDELITY)
+            raise RadioError(
+                f"'{target}' is neither a run folder with checkpoints nor a checkpoint, and "
+                f"{FIDELITY}, the task where none is said, takes nothing else; say with --task "
+                f"what to measure of an encoder, a teacher or a model: {others}"
+            )
+        seed = (options or Options()).seed
+        return fidelity(path, None if data is None else str(data), progress, seed)
     (result,) = measure(target, (task,), data, options, progress)
     return result.as_dict()
 

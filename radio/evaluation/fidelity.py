@@ -2,30 +2,81 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import tempfile
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import nn
 
 from radio.config import Config
 from radio.data.configured import training_plan
 from radio.data.plan import StepSpec
 from radio.errors import RadioError
+from radio.evaluation.mode_switch import Explained
+from radio.evaluation.result import bootstrap
 from radio.progress import Report, told
+from radio.targets.grid import to_grid
 from radio.targets.standardize import save_standardizers
-from radio.targets.stream import LocalStream, device_of
+from radio.targets.stream import LocalStream, StepBatch, Target, device_of
 from radio.targets.target_maker import Request, StandardizerFile
 from radio.training.checkpoint import Checkpoint, find_checkpoint
 from radio.training.learner import student_for
 from radio.training.metrics import Row, held_out_rows
 from radio.training.student_run import HELD_OUT_BATCH
+from student.model import StudentOutput
 
 
-def fidelity(target: Path, data: str | None, progress: Report | None = None) -> dict[str, Any]:
+class _ByView:
+    """The sums of each view behind the plain rows, taken while `held_out_rows` runs a student."""
+
+    def __init__(self) -> None:
+        self.sums: dict[tuple[str, int], Explained] = {}
+        self._targets: dict[str, Target] = {}
+
+    def told(self, batches: Iterable[StepBatch]) -> Iterator[StepBatch]:
+        """Yield batches of one partition each, whose targets the student's next outputs are for."""
+        for batch in batches:
+            (partition,) = batch.partitions
+            self._targets = partition.targets
+            yield batch
+
+    def hook(self, _: nn.Module, given: tuple[Any, ...], outputs: dict[str, StudentOutput]) -> None:
+        """Add what a student said of (images, merged tokens per block, window)."""
+        images, merge, _window = given
+        if merge:
+            return
+        for name, target in self._targets.items():
+            sums = self.sums.setdefault((name, images.shape[-1]), Explained())
+            grid = (target.features.shape[-2], target.features.shape[-1])
+            predicted = to_grid(outputs[name].features.float().cpu(), grid)
+            sums.update(predicted, target.features, target.valid)
+
+    def values(self) -> Float[np.ndarray, "views rows 2"]:
+        """Return sum (y - mean y)^2 and sum (p - y)^2 of each view and row."""
+        return torch.stack([each.by_picture() for each in self.sums.values()], dim=1).numpy()
+
+
+def lowest(values: NDArray[Any]) -> float:
+    """Return the lowest fidelity over rows from [views, rows, 2] sums."""
+    spread, residual = np.moveaxis(values.sum(axis=0), -1, 0)
+    return float((spread / residual).min())
+
+
+def fidelity(
+    target: Path, data: str | None, progress: Report | None = None, seed: int = 0
+) -> dict[str, Any]:
     """Return the worst fidelity over teachers and resolutions, with every row in the details.
 
-    Targets are float32; crops are the run's own seeded held-out crops.
+    Targets are float32; crops are the run's own seeded held-out crops. The interval weighs views,
+    the mean staying that of all; there is none for a student without any error.
     """
     checkpoint = find_checkpoint(target)
     config = _with_data(checkpoint.config, data)
@@ -43,12 +94,16 @@ def fidelity(target: Path, data: str | None, progress: Report | None = None) -> 
         request = Request("val", "float32", files)
         batches = told(stream.read(specs, request), len(specs), progress)
         device = device_of(config)
-        rows = held_out_rows(student.to(device), batches, device)
+        by_view = _ByView()
+        student.register_forward_hook(by_view.hook)
+        rows = held_out_rows(student.to(device), by_view.told(batches), device)
+    score = min(row.fidelity for row in rows if not row.merged)
+    finite = all(math.isfinite(row.fidelity) for row in rows)
     return {
         "task": "fidelity",
         "target": str(target),
-        "score": min(row.fidelity for row in rows if not row.merged),
-        "interval": None,
+        "score": score,
+        "interval": list(bootstrap(by_view.values(), lowest, seed=seed)) if finite else None,
         "details": {
             "step": checkpoint.step,
             "median": statistics.median(row.fidelity for row in rows if not row.merged),

@@ -35,7 +35,7 @@ class Asked:
     instances: list[Instance]
 
     def by_picture(self, scores: Scores) -> Float[np.ndarray, "pictures 2"]:
-        """Return (sum of scores, instances) of every picture that has one; resampled together."""
+        """Return (sum of scores, instances) of every picture that has one; weighted together."""
         places = np.unique(self.pictures, return_inverse=True)[1]
         return np.stack([np.bincount(places, scores), np.bincount(places)], axis=1)
 
@@ -51,7 +51,8 @@ def masks(
     paired difference. `samples` are (sum of IoU, instances) of each picture that has one.
 
     Raises:
-        RadioError: no instance maps, no instance large enough, or a target without mask decoder.
+        RadioError: no instance maps, no instance large enough, a target without mask decoder, or
+            features that are not those it reads.
     """
     adaptor = target.mask_adaptor(options.adaptor)
     name = options.features or target.output("features", adaptor)
@@ -59,8 +60,14 @@ def masks(
     size = target.checked_size(options.size or target.size_for(name))
     train, val = data.split("train"), data.split("val")
     asked, known = asked_of(val), asked_of(train)
-    maps = features_of(target, val, name, size, progress)
     decoder = target.mask_decoder(options.adaptor)
+    maps = features_of(target, val, name, size, progress)
+    if maps.ndim != 4 or maps.shape[1] != decoder.width:
+        raise RadioError(
+            f"'{name}' of '{target.name}' gives {list(maps.shape[1:])} a picture but the mask "
+            f"decoder reads [{decoder.width}, h, w]; leave out --features, or name the adaptor "
+            "that goes with it"
+        )
     constants = {
         "point": best_point_shape(known.instances),
         "box": best_box_shape(known.instances),

@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from radio.config import TeacherConfig
 from radio.data.mosaic import Mosaic
 from radio.encoder.images import nearest_size, resized
+from radio.encoder.same_teacher import check_fingerprint
 from radio.errors import RadioError
 from radio.evaluation.features import features_of
 from radio.evaluation.pictures import Pictures, Split
@@ -40,12 +41,21 @@ class Explained:
         self.squares: list[Tensor] = []
         self.residuals: list[Tensor] = []
 
-    def update(self, predicted: Maps, target: Others) -> None:
-        """Add some pictures, in float64, at the coarser of the two grids."""
+    def update(
+        self, predicted: Maps, target: Others, valid: Bool[Tensor, "n rows columns"] | None = None
+    ) -> None:
+        """Add some pictures, in float64, at the coarser of the two grids.
+
+        `valid` says which positions count, of maps that have one grid; all if not given.
+        """
         grid = coarser(_grid(predicted), _grid(target))
         y = to_grid(target, grid).double().flatten(2)
         error = to_grid(predicted, grid).double().flatten(2) - y
-        self.counts.append(torch.full((len(y),), float(y.shape[2]), dtype=torch.float64))
+        known = torch.ones(len(y), y.shape[2], dtype=torch.bool)
+        if valid is not None:
+            known = valid.flatten(1)
+            y, error = (values.masked_fill(~known[:, None], 0) for values in (y, error))
+        self.counts.append(known.sum(dim=1).double())
         self.sums.append(y.sum(dim=2))
         self.squares.append(y.square().sum(dim=(1, 2)))
         self.residuals.append(error.square().sum(dim=(1, 2)))
@@ -79,7 +89,7 @@ def mode_switch(
     size, and of one with nothing around it, so that its native features, or canvases with grey
     where no whole picture fits, would tear holes into the curve, whatever the encoder does. Sizes
     run from the smallest to the largest of `options.sizes`; from half the native size if not given.
-    The interval resamples pictures, the mean staying that of all.
+    The interval weighs pictures, the mean staying that of all.
 
     Raises:
         RadioError: the target is no encoder, its folder does not say how to build a teacher, the
@@ -192,11 +202,7 @@ def _build(target: Target, name: str) -> TeacherTarget:
         )
     config = TeacherConfig(facts["kind"], dict(facts["options"]), facts["pretrained"])
     teacher = TeacherTarget(name, config, int(facts["seed"]))
-    if facts.get("fingerprint", teacher.fingerprint) != teacher.fingerprint:
-        raise RadioError(
-            f"teacher '{name}' has other weights than when '{target.name}' was distilled from it; "
-            "what the encoder explains of it would mean nothing"
-        )
+    check_fingerprint(name, facts, teacher.fingerprint, f"'{target.name}'")
     return teacher
 
 

@@ -91,7 +91,7 @@ class Split:
     """The samples of one split in the order of its tars.
 
     Raises:
-        RadioError: a tar that cannot be read, or a key that occurs twice.
+        RadioError: a tar that cannot be read, no sample in any, or a key that occurs twice.
     """
 
     def __init__(self, name: str, shards: Sequence[Path], classes: dict[int, str]) -> None:
@@ -101,6 +101,12 @@ class Split:
         self._samples: dict[str, dict[str, _Member]] = {}
         for shard in self.shards:
             self._read(shard)
+        if not self._samples:
+            raise RadioError(
+                f"the split '{name}' of {self.shards[0].parent} has no sample in "
+                f"{', '.join(shard.name for shard in self.shards)}; expected files such as "
+                "000000.jpg in a tar: write it again"
+            )
         self.keys = list(self._samples)
         self.fields = tuple(
             sorted({field for sample in self._samples.values() for field in sample})
@@ -279,5 +285,11 @@ def _read_classes(path: Path) -> tuple[dict[int, str], dict[int, str]]:
         raise RadioError(f"{path}: class {twice} is there twice")
     with_kinds = all(len(row) > 2 and row[-1].strip() in KINDS for row in rows)
     texts = [row[-2 if with_kinds else -1].strip() for row in rows]
+    for number, text in zip(numbers, texts, strict=True):
+        if not text.split(",")[0].strip():
+            raise RadioError(
+                f"{path}: class {number} has no name; expected it in the last column, or in every "
+                "line a kind (thing, stuff, ignore or nothing) behind it"
+            )
     kinds = [row[-1].strip() if with_kinds else "" for row in rows]
     return dict(zip(numbers, texts, strict=True)), dict(zip(numbers, kinds, strict=True))

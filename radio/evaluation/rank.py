@@ -25,7 +25,7 @@ def rank(
     """Score RankMe (2210.02885) of the val split: `rank_me` of summaries, or of averaged maps.
 
     It grows with the number of pictures, so compare targets on the same ones. The interval is
-    1.96 standard errors of a jackknife over 20 groups: a bootstrap's repeated pictures would
+    1.96 standard errors of a jackknife over 20 groups: a bootstrap's uneven weights would
     lower every rank that it draws. `participating_dims` is (sum v)^2 / sum v^2 over the variances
     v of the principal components.
 

@@ -83,23 +83,34 @@ def mean(values: NDArray[Any]) -> float:
     return float(values.mean(axis=0))
 
 
+def weighted(rows: NDArray[Any], weights: NDArray[np.float64]) -> NDArray[Any]:
+    """Return rows [N, ...] times the weights [N] of their pictures, whose mean is 1."""
+    return rows * weights.reshape(-1, *[1] * (rows.ndim - 1))
+
+
 def bootstrap(
     values: ArrayLike,
     statistic: Statistic = mean,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Interval:
-    """Return the 95 % percentile interval of a statistic over resampled rows.
+    """Return the 95 % percentile interval of a statistic by the Bayesian bootstrap.
+
+    Each resample weighs every picture by w ~ Exp(1) of mean 1 (Rubin 1981), where drawing pictures
+    would leave some out: with its only picture a class vanishes from a mean over classes, and what
+    is left scores higher.
 
     Args:
         values: [N, ...], a row per picture.
-        statistic: of [N, ...]; the mean if not given.
+        statistic: of [N, ...]; the mean if not given. It must be a function of sums of the rows
+            that does not change with their scale, or of means, and take fractions, so that of
+            `weighted` rows it is the weighted statistic.
 
     Raises:
         RadioError: no rows.
     """
     rows = np.asarray(values)
-    found = [statistic(rows[chosen]) for chosen in _choices(len(rows), resamples, seed)]
+    found = [statistic(weighted(rows, each)) for each in _weights(len(rows), resamples, seed)]
     return percentiles(np.asarray(found))
 
 
@@ -110,7 +121,7 @@ def paired_bootstrap(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Interval:
-    """Return the 95 % interval of statistic(a) - statistic(b), the same rows drawn from both.
+    """Return the 95 % interval of statistic(a) - statistic(b), as `bootstrap`; one w for both.
 
     Raises:
         RadioError: no rows, or another number of them in `a` than in `b`.
@@ -121,8 +132,8 @@ def paired_bootstrap(
             f"{len(ours)} pictures are paired with {len(theirs)}; expected the same pictures"
         )
     found = [
-        statistic(ours[chosen]) - statistic(theirs[chosen])
-        for chosen in _choices(len(ours), resamples, seed)
+        statistic(weighted(ours, each)) - statistic(weighted(theirs, each))
+        for each in _weights(len(ours), resamples, seed)
     ]
     return percentiles(np.asarray(found))
 
@@ -134,7 +145,10 @@ def percentiles(values: NDArray[Any]) -> Interval:
     return float(low), float(high)
 
 
-def _choices(count: int, resamples: int, seed: int) -> NDArray[np.int64]:
+def _weights(count: int, resamples: int, seed: int) -> NDArray[np.float64]:
+    """Draw each resample's weights [resamples, count], all above 0 and 1 in the mean."""
     if not count:
         raise RadioError("there is no picture to score; expected one or more")
-    return np.random.default_rng(seed).integers(0, count, (resamples, count))
+    drawn = np.random.default_rng(seed).standard_exponential((resamples, count))
+    weights: NDArray[np.float64] = drawn / drawn.mean(axis=1, keepdims=True)
+    return weights

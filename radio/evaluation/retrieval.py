@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -32,11 +33,12 @@ def retrieval(
     A picture's query is a hit at k if one of its captions is among the k nearest of all captions;
     a caption's, if a picture that has it, word for word, is among the k nearest pictures (the
     Flickr8k protocol of Karpathy and Fei-Fei, 1412.2306, with equal texts told apart by nobody).
-    The gallery is always the whole split; what comes first wins a tie. Intervals resample pictures
+    The gallery is always the whole split; what comes first wins a tie. Intervals weigh pictures
     together with their captions.
 
     Raises:
-        RadioError: no captions, no text tower, or features that are not finite.
+        RadioError: no captions, no text tower, a tokenizer of another one, or features that are not
+            finite.
     """
     split = data.split("val")
     name = summary_of(target, options)
@@ -44,8 +46,10 @@ def retrieval(
     _check_captions(data, split, captions)
     tower = target.text_tower(options.adaptor, options.tokenizer)
     texts = [text for several in captions for text in several]
+    with refused_texts():
+        vectors = tower(texts)
     pictures = unit_summaries(target, split, name, tower, options, progress)
-    hits = hits_of(pictures, tower(texts), [len(several) for several in captions], texts)
+    hits = hits_of(pictures, vectors, [len(several) for several in captions], texts)
     rows = [
         {"direction": direction, "k": k, **_measured(hits[:, row, [column, -1]], options.seed)}
         for row, direction in enumerate(DIRECTIONS)
@@ -88,6 +92,15 @@ def summary_of(target: Target, options: Options) -> str:
     if not name.endswith("summary"):
         raise RadioError(f"'{name}' is no summary, so no text can be compared with it; give {own}")
     return name
+
+
+@contextmanager
+def refused_texts() -> Iterator[None]:
+    """Turn what a text tower refuses, such as the tokens of another tokenizer, into RadioError."""
+    try:
+        yield
+    except ValueError as error:
+        raise RadioError(str(error)) from error
 
 
 def unit_summaries(

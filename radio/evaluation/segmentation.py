@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int, Shaped, UInt8
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -174,7 +174,7 @@ def confusion(
     return np.bincount(pairs, minlength=count * count).reshape(count, count)
 
 
-def class_ious(total: Int[np.ndarray, "classes classes"]) -> Float[np.ndarray, " classes"]:
+def class_ious(total: Shaped[np.ndarray, "classes classes"]) -> Float[np.ndarray, " classes"]:
     """Return intersection over union of each class; 0 for one that is nowhere."""
     return _ious(_counts(total[None])[0])
 
@@ -185,16 +185,18 @@ def mean_iou(samples: NDArray[Any]) -> float:
 
 
 def _counts(
-    samples: Int[np.ndarray, "pictures classes classes"],
-) -> Int[np.ndarray, "pictures 3 classes"]:
+    samples: Shaped[np.ndarray, "pictures classes classes"],
+) -> Shaped[np.ndarray, "pictures 3 classes"]:
     """Return right, labelled and predicted pixels: all of a confusion matrix that mIoU needs."""
     right = np.diagonal(samples, axis1=1, axis2=2)
-    return np.stack([right, samples.sum(axis=2), samples.sum(axis=1)], axis=1).astype(np.int64)
+    return np.stack([right, samples.sum(axis=2), samples.sum(axis=1)], axis=1)
 
 
-def _ious(counts: Int[np.ndarray, "3 classes"]) -> Float[np.ndarray, " classes"]:
-    right, labelled, predicted = counts
-    return np.asarray(right / np.maximum(labelled + predicted - right, 1), dtype=np.float64)
+def _ious(counts: Shaped[np.ndarray, "3 classes"]) -> Float[np.ndarray, " classes"]:
+    right, labelled, predicted = counts.astype(np.float64)
+    union = labelled + predicted - right
+    # A weighted class may have less than a pixel in all, but none is none.
+    return np.asarray(right / np.where(union > 0, union, 1))
 
 
 def _mean_of_counts(counts: NDArray[Any]) -> float:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -10,7 +13,7 @@ from radio.errors import RadioError
 from radio.evaluation.features import features_of
 from radio.evaluation.labelled import pooled
 from radio.evaluation.pictures import Pictures
-from radio.evaluation.result import RESAMPLES, Interval, Options, Result, percentiles
+from radio.evaluation.result import RESAMPLES, Interval, Options, Result, bootstrap
 from radio.evaluation.target import Target
 from radio.evaluation.targets import resolve
 from radio.progress import Report
@@ -25,7 +28,7 @@ def similarity(
 
     `options.features` names the first target's output; the second gives its summary, or its
     averaged features where it has none. Sizes are each target's own unless `options.size` is
-    given. The interval resamples pictures.
+    given.
 
     Raises:
         RadioError: no second target, too few or too many pictures, an output that is lacking.
@@ -41,7 +44,7 @@ def similarity(
         pooled(features_of(one, split, name, options.size, progress))
         for one, name in zip((target, other), names, strict=True)
     )
-    drawn = resampled_cka(ours, theirs, seed=options.seed)
+    interval = cka_interval(ours, theirs, seed=options.seed)
     details = {
         "score_is": "linear CKA",
         "pictures": len(split),
@@ -49,7 +52,7 @@ def similarity(
         "features": list(names),
         "dims": [ours.shape[1], theirs.shape[1]],
     }
-    return Result("similarity", target.name, cka(ours, theirs), drawn, details)
+    return Result("similarity", target.name, cka(ours, theirs), interval, details)
 
 
 def cka(a: Float[Tensor, "n d"], b: Float[Tensor, "n e"]) -> float:
@@ -57,44 +60,45 @@ def cka(a: Float[Tensor, "n d"], b: Float[Tensor, "n e"]) -> float:
 
     Linear CKA, Kornblith and others, 1905.00414, eq. 4 and 5; 0 where one of them is constant.
     """
-    weights = torch.full((1, len(a)), 1 / len(a), dtype=torch.float64)
-    return float(_weighted_cka(_gram(a), _gram(b), weights)[0])
+    return _shares(a, b)[0]
 
 
-def resampled_cka(
+def cka_interval(
     a: Float[Tensor, "n d"], b: Float[Tensor, "n e"], resamples: int = RESAMPLES, seed: int = 0
 ) -> Interval:
-    """Return the 95 % percentile interval of `cka` over resampled pictures."""
-    generator = torch.Generator().manual_seed(seed)
-    count = len(a)
-    chosen = torch.randint(count, (resamples, count), generator=generator)
-    counts = torch.zeros(resamples, count, dtype=torch.float64)
-    counts.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=torch.float64))
-    return percentiles(_weighted_cka(_gram(a), _gram(b), counts / count).numpy())
+    """Return the 95 % interval of `cka` by the Bayesian bootstrap of each picture's effect on it.
+
+    The effect is that on ln CKA to first order. Weights in both sums over pairs of pictures would
+    count a heavy picture's likeness to itself by its square, which raises every CKA: that of two
+    random targets would lie below its own interval.
+    """
+    score, effects = _shares(a, b)
+    low, high = bootstrap(effects * len(effects), resamples=resamples, seed=seed)
+    return score * math.exp(low), min(1.0, score * math.exp(high))
+
+
+def _shares(
+    a: Float[Tensor, "n d"], b: Float[Tensor, "n e"]
+) -> tuple[float, Float[np.ndarray, " n"]]:
+    """Return CKA, and d ln CKA / d ln w of each picture's weight w; 0 where CKA is.
+
+    With K and L the centred Gram matrices CKA is S_KL / sqrt(S_KK S_LL), S_KL = sum_ij K_ij L_ij.
+    Picture i has a row and a column in each: S_KL's share of it is 2 sum_j K_ij L_ij / S_KL. What
+    its weight does to the mean that is taken off is of second order, as K's rows sum to 0.
+    """
+    first, second = _gram(a), _gram(b)
+    products = (first * second, first.square(), second.square())
+    rows = torch.stack([product.sum(dim=1) for product in products])
+    both, own, other = rows.sum(dim=1).tolist()
+    if min(both, own, other) <= 0:
+        return 0.0, np.zeros(len(a))
+    of_both, of_own, of_other = 2 * rows / rows.sum(dim=1, keepdim=True)
+    return both / math.sqrt(own * other), (of_both - (of_own + of_other) / 2).numpy()
 
 
 def _gram(values: Float[Tensor, "n d"]) -> Float[Tensor, "n n"]:
     centred = values.double() - values.double().mean(dim=0)
     return centred @ centred.T
-
-
-def _weighted_cka(
-    first: Float[Tensor, "n n"], second: Float[Tensor, "n n"], weights: Float[Tensor, "r n"]
-) -> Float[Tensor, " r"]:
-    """Return CKA of pictures that occur with these weights, each row's sum 1.
-
-    With K centred under w, sum_ij w_i w_j K_ij L_ij = w'(K o L)w - 2 w'(Kw o Lw) + w'Kw w'Lw.
-    """
-
-    def alike(k: Tensor, of_k: Tensor, m: Tensor, of_m: Tensor) -> Tensor:
-        both = (weights @ (k * m) * weights).sum(dim=1)
-        crossed = (weights * of_k * of_m).sum(dim=1)
-        return both - 2 * crossed + (weights * of_k).sum(dim=1) * (weights * of_m).sum(dim=1)
-
-    of_first, of_second = weights @ first, weights @ second
-    shared = alike(first, of_first, second, of_second)
-    own = alike(first, of_first, first, of_first) * alike(second, of_second, second, of_second)
-    return torch.where(own > 0, shared / own.clamp(min=1e-300).sqrt(), 0.0)
 
 
 def _default(target: Target) -> str:

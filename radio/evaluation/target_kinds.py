@@ -14,6 +14,7 @@ from torch import Tensor
 
 from radio.config import TeacherConfig
 from radio.encoder.encoder import Encoder
+from radio.encoder.same_teacher import check_teacher
 from radio.encoder.text import TextSource
 from radio.encoder.weights import Weights
 from radio.errors import RadioError
@@ -118,7 +119,7 @@ class EncoderTarget(Target):
         return self._chosen(adaptor, self._masks, "mask decoder")
 
     def mask_decoder(self, adaptor: str | None = None) -> MaskDecoder:
-        """Return the decoder of the teacher that the encoder's folder names."""
+        """Return the decoder of the teacher that the encoder's folder names, if still the same."""
         chosen = self.mask_adaptor(adaptor)
         facts = self.facts[chosen]
         missing = [key for key in ("options", "pretrained", "seed") if key not in facts]
@@ -127,6 +128,7 @@ class EncoderTarget(Target):
                 f"target '{self.name}' does not say which mask decoder goes with '{chosen}' (no "
                 f"{', no '.join(missing)} in its config.json); fuse it anew from its run"
             )
+        check_teacher(chosen, facts, f"'{self.name}'")
         return _mask_decoder(
             facts["kind"], chosen, facts["options"], facts["pretrained"], facts["seed"]
         )

@@ -12,7 +12,7 @@ from radio.errors import RadioError
 from radio.evaluation.labelled import among, chosen_classes, per_class
 from radio.evaluation.pictures import Pictures
 from radio.evaluation.result import Options, Result, bootstrap
-from radio.evaluation.retrieval import CHUNK, first_rank, summary_of, unit_summaries
+from radio.evaluation.retrieval import CHUNK, first_rank, refused_texts, summary_of, unit_summaries
 from radio.evaluation.target import Target
 from radio.evaluation.templates import templates_of
 from radio.progress import Report
@@ -29,7 +29,7 @@ def zero_shot(
 
     Raises:
         RadioError: no labels, no text tower, a class that classes.txt lacks or that has no picture,
-            or features that are not finite.
+            a tokenizer of another tower, or features that are not finite.
     """
     split = data.split("val")
     labels = split.labels()
@@ -42,8 +42,9 @@ def zero_shot(
     name, templates = summary_of(target, options), templates_of(options.templates)
     tower = target.text_tower(options.adaptor, options.tokenizer)
     kept = among(labels, classes)
+    with refused_texts():
+        weights = zero_shot_weights(tower, names, templates)
     summaries = unit_summaries(target, split, name, tower, options, progress)[kept]
-    weights = zero_shot_weights(tower, names, templates)
     place = {number: at for at, number in enumerate(classes)}
     expected = torch.tensor([place[number] for number in labels[kept].tolist()])
     ranks = ranks_of(summaries, weights, expected)
