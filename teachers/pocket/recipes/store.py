@@ -16,6 +16,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from teachers.pocket.recipes.checkpoint import Origin
 from teachers.weights import POCKET, WEIGHTS
 
 LARGEST = 10_000_000  # bytes
@@ -27,7 +28,10 @@ TERMS = (
 
 @dataclass
 class Making:
-    """What a card says: purpose, start, data, settings; curves and CPU minutes of each part."""
+    """What a card says: purpose, start, data, settings; curves and CPU minutes of each part.
+
+    `data` are the sets' names, `data_print` a hash of them.
+    """
 
     name: str
     purpose: str
@@ -36,8 +40,13 @@ class Making:
     settings: dict[str, Any]
     seed: int
     work: Path
+    data_print: str
     curves: dict[str, list[dict[str, float]]] = field(default_factory=dict)
     minutes: dict[str, float] = field(default_factory=dict)
+
+    def origin(self, steps: int) -> Origin:
+        """Return what decides the weights of a training of so many steps."""
+        return Origin(self.seed, steps, self.data_print)
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
