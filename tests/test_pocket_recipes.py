@@ -95,7 +95,7 @@ def test_held_out_classes_are_nowhere_among_the_names(tmp_path: Path) -> None:
 
 
 def write_sets(folder: Path, labels: list[int]) -> None:
-    """Write both sets that are paired: a line a class, a picture a label, two captioned pictures."""
+    """Write both sets that are paired: 30 classes, a picture a label, two captioned pictures."""
     tiny, flickr = folder / "tiny-imagenet-100", folder / "flickr8k"
     for each in (tiny, flickr):
         each.mkdir(parents=True)
