@@ -7,9 +7,10 @@ STAMP := .venv/.installed
 .PHONY: help setup demo test test-all check golden benchmark pocket results findings docs clean
 
 DATA ?= sets
-# Of `results`: an encoder or run, the student of random teachers, a run whose checkpoints count.
+# Of `results`: an encoder or run, the student of random teachers, a run whose checkpoints count, and
+# what to measure of all of them.
 MODELS = $(if $(STUDENT),--student $(STUDENT)) $(if $(CONTROL),--control $(CONTROL)) \
-	$(if $(CURVE),--curve $(CURVE))
+	$(if $(CURVE),--curve $(CURVE)) $(SUBJECTS)
 
 help:  ## list what make can do
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12

@@ -52,8 +52,10 @@ from radio.errors import RadioError
 from radio.evaluation import command as command_module
 from radio.evaluation.result import Options, Result, bootstrap, mean
 from radio.evaluation.target_kinds import EncoderTarget, PixelsTarget
+from radio.evaluation.targets import resolve
 from radio.training.checkpoint import Checkpoint
 from radio.training.cost import vit_gflop
+from teachers.weights import POCKET
 
 TEACHERS = {
     "clip": TeacherFacts(128, False, True),
@@ -183,6 +185,8 @@ def test_gflop_of_an_encoder_are_those_of_its_shape() -> None:
 
 # Measuring
 
+SAID = {"subject": "pixels", "role": "floor", "order": 0, "target": "pixels"}
+
 
 def test_what_is_stored_is_not_measured_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -222,6 +226,39 @@ def test_what_is_stored_is_not_measured_again(
     (out / "pixels" / f"{Job(ROWS['knn'], 64).name}.json").unlink()
     with pytest.raises(AssertionError, match="measured again"):
         run()
+
+
+def test_a_class_of_another_name_is_another_measurement(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RADIO_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "sets" / TINY
+    folder.mkdir(parents=True)
+    write_folder(folder, train=24, val=9)
+    setting, out = Setting("pocket", {}, (0,), (1,)), tmp_path / "out"
+
+    def key() -> str:
+        measurer = Measurer(setting, str(tmp_path / "sets"), out)
+        measurer._job(out, PixelsTarget(), Job(ROWS["knn"], 64), SAID)
+        found: str = json.loads((out / "knn_64.json").read_text())["key"]
+        return found
+
+    first = key()
+    assert key() == first
+    classes = folder / "classes.txt"
+    classes.write_text(classes.read_text().replace("green", "lime"))
+    assert key() != first
+
+
+def test_another_tokenizer_is_another_measurement(tmp_path: Path) -> None:
+    target, job = resolve("pocket_clip"), Job(ROWS["retrieval"], 128)
+    first = decoder_print(target, job)
+    assert decoder_print(resolve("pocket_clip"), job) == first
+    own = shutil.copytree(POCKET / "clip", tmp_path / "clip") / "tokenizer.json"
+    told = Job(ROWS["retrieval"], 128, "", {"tokenizer": str(tmp_path / "clip")})
+    assert decoder_print(target, told) == first  # the same files elsewhere
+    own.write_text(own.read_text().replace('"lowercase": true', '"lowercase": false'))
+    assert decoder_print(target, told) != first
 
 
 def test_other_weights_of_a_text_tower_are_another_measurement() -> None:
@@ -401,8 +438,13 @@ def test_the_commands_that_the_page_gives_are_what_the_programs_take() -> None:
     ).stdout
     made = shlex.split(told.splitlines()[-1])[1:]
     (said,) = (part for part in HOW.replace("\n", " ").split("`") if part.startswith("python -m"))
-    assert made == shlex.split(said)[1:]
     given = arguments(made[2:])
+    assert made == [*shlex.split(said)[1:], *given.subjects]
+    known = subjects_of(
+        SETTING, given.student, given.control, [f"it/step-{n:06}" for n in range(400, 4001, 400)]
+    )
+    unknown = set(given.subjects) - {subject.label for subject in known}
+    assert given.subjects and not unknown
     assert (given.student, given.control, given.curve) == (
         "pocket",
         "runs/control",

@@ -15,18 +15,21 @@ COMMANDS = """    make pocket DATA=sets
         out=runs/control cache=runs/control/cache \\
         teachers.clip.pretrained=null teachers.siglip.pretrained=null \\
         teachers.dinov2.pretrained=null teachers.sam.pretrained=null
-    make results DATA=sets STUDENT=pocket CONTROL=runs/control CURVE=runs/pocket
+    make results DATA=sets STUDENT=pocket CONTROL=runs/control CURVE=runs/pocket \\
+        SUBJECTS="pixels constant pocket_clip pocket_siglip pocket_dinov2 pocket_sam student \\
+        control step-000800 step-001600 step-002400 step-003200 step-004000"
 """
 
 HOW = f"""`sets` is the folder of image sets (README, "Measure it"). The second `radio train` makes
 the control: the same experiment, its 4,000 steps and int8 cache included, but the weights of all
 four teachers are drawn from the seed. Without CONTROL and CURVE neither is measured, and what is
 stored of them stays. STUDENT is the encoder that ships if not given; the one that these lines make
-anew is `encoder/`.
+anew is `encoder/`. SUBJECTS are the columns, and every other checkpoint; all if not given.
 
 {COMMANDS}
 The last is `python -m benchmarks.quality --data sets --student pocket --control runs/control
---curve runs/pocket`. What is stored of the same weights and pictures is not measured again.
+--curve runs/pocket` and SUBJECTS. What is stored of the same weights and pictures is not measured
+again.
 """
 
 CHOSEN = """By hand. The recipes read train shards alone and hold no part of them out; the curves in
