@@ -7,6 +7,10 @@ STAMP := .venv/.installed
 .PHONY: help setup demo test test-all check golden benchmark pocket results findings docs clean
 
 DATA ?= sets
+# Of `results`: an encoder or run, the student of random teachers, a run whose checkpoints count, and
+# what to measure of all of them.
+MODELS = $(if $(STUDENT),--student $(STUDENT)) $(if $(CONTROL),--control $(CONTROL)) \
+	$(if $(CURVE),--curve $(CURVE)) $(SUBJECTS)
 
 help:  ## list what make can do
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -44,7 +48,7 @@ pocket: $(STAMP)  ## train the pocket teachers anew on the image sets in DATA (h
 	$(BIN)/python -m teachers.pocket.recipes --data $(DATA)
 
 results: $(STAMP)  ## measure teachers and student on the image sets in DATA, write docs/results.md
-	$(BIN)/python -m benchmarks.quality --data $(DATA)
+	$(BIN)/python -m benchmarks.quality --data $(DATA) $(MODELS)
 
 findings: $(STAMP)  ## measure the papers' findings on the image sets in DATA, write docs/findings.md
 	$(BIN)/python -m benchmarks.findings --data $(DATA)

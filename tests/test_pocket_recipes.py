@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,15 +11,27 @@ import pytest
 import torch
 import torch.nn.functional as F
 from open_clip.loss import ClipLoss, SigLipLoss
+from picture_zoo import write_tar
 from torch import nn
 
+from teachers.pocket.recipes import __main__ as recipes
 from teachers.pocket.recipes import dinov2, sam
-from teachers.pocket.recipes.checkpoint import Checkpoint
+from teachers.pocket.recipes.checkpoint import Checkpoint, Origin
+from teachers.pocket.recipes.clip import pairs_of
 from teachers.pocket.recipes.contrastive import Names, Step, sigmoid_loss, softmax_loss
-from teachers.pocket.recipes.data import NUM_HELD_OUT, Classes, imagenet_synsets, views
+from teachers.pocket.recipes.data import (
+    NUM_HELD_OUT,
+    Classes,
+    RecipeError,
+    claim,
+    fingerprint,
+    imagenet_synsets,
+    views,
+)
 from teachers.pocket.recipes.text import schedule, tokens_of, train_tokenizer
 
 PAIRS, LABELLED, NAMES, DIM = 5, 4, 6, 8
+ORIGIN = Origin(seed=0, steps=6, data="1f" * 32)
 
 
 def unit(*shape: int, generator: torch.Generator) -> torch.Tensor:
@@ -78,6 +92,34 @@ def test_held_out_classes_are_nowhere_among_the_names(tmp_path: Path) -> None:
     at, texts = names.draw(torch.Generator().manual_seed(0))
     assert len(set(at.tolist())) == len(texts) == len(at)
     assert all(names.texts[place] in text for place, text in zip(at.tolist(), texts, strict=True))
+
+
+def write_sets(folder: Path, labels: list[int]) -> None:
+    """Write both sets that are paired: 30 classes, a picture a label, two captioned pictures."""
+    tiny, flickr = folder / "tiny-imagenet-100", folder / "flickr8k"
+    for each in (tiny, flickr):
+        each.mkdir(parents=True)
+    lines = [f"{at}\tn{at:08}\tname {at}" for at in range(30)]
+    (tiny / "classes.txt").write_text("\n".join(lines))
+    members = {f"{at:06}.cls": str(label).encode() for at, label in enumerate(labels)}
+    write_tar(tiny / "train-000000.tar", members)
+    said = {f"{at:06}.json": json.dumps({"captions": [f"said {at}"]}).encode() for at in range(2)}
+    write_tar(flickr / "train-000000.tar", said)
+
+
+def test_pictures_of_held_out_classes_are_never_paired(tmp_path: Path) -> None:
+    labels = [*range(30), *range(29, -1, -1)]
+    write_sets(tmp_path, labels)
+    views = {"pooled": torch.zeros(1, len(labels) + 2, DIM)}
+    pairs, classes = pairs_of(tmp_path, views, None)
+    assert len(classes.held_out) == NUM_HELD_OUT
+    paired = [labels[at] for at in pairs.labelled.tolist()]
+    assert sorted(paired) == sorted(2 * classes.seen)  # all the others, each as often as it is
+    assert [classes.seen[place] for place in pairs.labels.tolist()] == paired
+    assert pairs.captioned.tolist() == [60, 61] and pairs.captions == [["said 0"], ["said 1"]]
+    which = torch.cat([pairs.draw(8, torch.Generator().manual_seed(s))[0][1] for s in range(20)])
+    drawn = {labels[at] for at in which.tolist() if at < len(labels)}
+    assert drawn == set(classes.seen)
 
 
 def test_the_tokenizer_begins_with_its_class_token_and_keeps_to_its_size(tmp_path: Path) -> None:
@@ -197,7 +239,7 @@ def test_a_training_that_is_cut_off_goes_on_where_it_was(
         optimizer = torch.optim.AdamW([*model.parameters(), scale], lr=0.1)
         generator = torch.Generator().manual_seed(1)
         parts = {"model": model, "optimizer": optimizer}
-        saved = Checkpoint(path, parts, generator, scalars=[scale])
+        saved = Checkpoint(path, parts, generator, ORIGIN, scalars=[scale])
         while saved.step < until:
             inputs = torch.randn(4, 3, generator=generator)
             loss = (scale * model(inputs)).square().mean()
@@ -213,3 +255,49 @@ def test_a_training_that_is_cut_off_goes_on_where_it_was(
     resumed, second = run(tmp_path / "cut.pt", 6)
     assert torch.equal(whole, resumed)
     assert [row["loss"] for row in first.curve] == [row["loss"] for row in second.curve]
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [({"seed": 1}, "seed 1,"), ({"steps": 7}, "7 steps"), ({"data": "2e" * 32}, "data 2e2e2e")],
+)
+def test_a_finished_training_of_another_seed_or_other_data_is_refused(
+    tmp_path: Path, changed: dict[str, int | str], told: str
+) -> None:
+    def opened(origin: Origin) -> Checkpoint:
+        parts = {"model": nn.Linear(3, 2)}
+        return Checkpoint(tmp_path / "it.pt", parts, torch.Generator(), origin)
+
+    opened(ORIGIN).done(finished=True)
+    assert opened(ORIGIN).step == 1
+    with pytest.raises(RecipeError, match=rf"of seed 0, 6 steps.*{told}.*another --work folder"):
+        opened(replace(ORIGIN, **changed))  # type: ignore[arg-type]
+    state = torch.load(tmp_path / "it.pt")
+    del state["origin"]
+    torch.save(state, tmp_path / "it.pt")
+    with pytest.raises(RecipeError, match=r"a seed and data that it does not tell"):
+        opened(ORIGIN)
+
+
+def test_a_work_folder_is_of_one_data(tmp_path: Path) -> None:
+    sets = ("tiny-imagenet-100", "flickr8k")
+    for name, labels in (("one", [0, 1]), ("same", [0, 1]), ("other", [0, 2])):
+        write_sets(tmp_path / name, labels)
+    one, same, other = (fingerprint(tmp_path / name, sets) for name in ("one", "same", "other"))
+    assert one == same != other
+    (tmp_path / "same" / "tiny-imagenet-100" / "classes.txt").write_text("0\tn0\tanother name")
+    assert fingerprint(tmp_path / "same", sets) != one
+    for _ in range(2):
+        claim(tmp_path / "work", one)
+    with pytest.raises(RecipeError, match="made of other image sets; give another --work"):
+        claim(tmp_path / "work", other)
+    with pytest.raises(RecipeError, match="made of other image sets"):
+        claim(tmp_path / "one", one)  # holds files that nothing is said of
+
+
+def test_what_a_user_gets_wrong_is_said_in_a_line(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"no train-\*\.tar in .*image sets as --data"):
+        recipes.main(["clip", "--data", str(tmp_path), "--work", str(tmp_path / "work")])
+    with pytest.raises(RecipeError, match="unknown teacher 'dino'; known: clip, siglip"):
+        recipes.main(["dino", "--data", str(tmp_path)])
+    assert not (tmp_path / "work").exists()

@@ -22,12 +22,14 @@ from benchmarks.record import circumstances
 from radio.errors import RadioError
 from radio.evaluation.evaluate import measure
 from radio.evaluation.masks import asked_of, ratio
-from radio.evaluation.pictures import Pictures
+from radio.evaluation.pictures import CLASSES, Pictures
 from radio.evaluation.result import Options, Result, bootstrap
 from radio.evaluation.shapes import best_box_shape, best_point_shape, iou
 from radio.evaluation.target import Target
 from radio.evaluation.targets import resolve
+from radio.files import sha256_of
 from radio.training.checkpoint import find_checkpoint
+from teachers.text import TOKENIZER_FILES, TextTower
 
 VERSION = 1  # raise it when the same weights, pictures and settings give other figures
 CONSTANT_PRINT = hashlib.sha256(CONSTANT.encode()).hexdigest()
@@ -78,7 +80,8 @@ class Measurer:
         print_ = CONSTANT_PRINT if target is None else target.fingerprint
         against = None if options.against is None else self.target(options.against).fingerprint
         decoder = None if target is None else decoder_print(target, job)
-        told = [VERSION, job.row.task, print_, pictures.fingerprint, against, decoder]
+        shown = [pictures.fingerprint, _bytes_of(pictures.folder / CLASSES)]
+        told = [VERSION, job.row.task, print_, *shown, against, decoder]
         # What is not given does not count: a new option makes no result another one.
         given = {k: v for k, v in dataclasses.asdict(options).items() if v is not None}
         key = _hashed([*told, given])
@@ -118,6 +121,8 @@ class Measurer:
 def decoder_print(target: Target, job: Job) -> str | None:
     """Return a SHA-256 over the text tower or mask decoder of a job, which no target's covers.
 
+    Of a text tower its tokenizer's files count too, where it has such.
+
     Raises:
         RadioError: there is none.
     """
@@ -132,7 +137,19 @@ def decoder_print(target: Target, job: Job) -> str | None:
     digest = hashlib.sha256()
     for name, weight in decoder.state_dict().items():
         digest.update(name.encode() + weight.numpy().tobytes())
+    if isinstance(decoder, TextTower):
+        digest.update(words_print(decoder).encode())
     return digest.hexdigest()
+
+
+def words_print(tower: TextTower) -> str:
+    """Return a SHA-256 of each of the files of a tower's tokenizer; nothing where it has none."""
+    import open_clip  # slow, and not every job reads words
+
+    if not isinstance(tower.tokenize, open_clip.tokenizer.HFTokenizer):
+        return ""  # open_clip's own, which comes with its version
+    folder = Path(tower.tokenize.tokenizer.name_or_path)
+    return " ".join(str(_bytes_of(folder / file)) for file in TOKENIZER_FILES)
 
 
 def constant_masks(data: Pictures, options: Options) -> Result:
@@ -171,6 +188,11 @@ def _gflop(target: Target, size: int, names: Sequence[str]) -> float:
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         target.extract(torch.zeros(1, 3, size, size, dtype=torch.uint8), names)
     return float(counter.get_total_flops()) / 1e9
+
+
+def _bytes_of(path: Path) -> str | None:
+    """Return the SHA-256 of a file; None where there is none."""
+    return sha256_of(path) if path.is_file() else None
 
 
 def _hashed(value: Any) -> str:

@@ -23,12 +23,13 @@ from benchmarks.quality.jobs import (
 )
 from benchmarks.quality.store import Record, Stored
 from benchmarks.quality.verdicts import verdicts
+from benchmarks.quality.words import CHOSEN, HOW, OF_THE_CONTROL
 
 REASON = 160  # characters of why something is missing; missing.json has the rest
 OVER_PICTURES = ("knn", "zero-shot-seen", "zero-shot-held-out", "retrieval")
 HEAD = """# Results
 
-<!-- made by `make results`; do not edit -->
+Made by `make results` from what is stored, by the commands at the end; do not edit it by hand.
 
 Every figure is of the val shards of the image sets, whose train shards fit the probes and chose
 the constant shapes; brackets are 95 % intervals over pictures. All columns of a line see pictures
@@ -76,7 +77,8 @@ def page(stored: Stored, prefix: str, out: str, link: str) -> list[str]:
         *_curve(stored),
         *["## What they cost", "", *_costs(stored, columns)],
         *["## What they must show", "", *_verdicts(stored, prefix)],
-        *_made(stored),
+        *["## How settings were chosen", "", CHOSEN],
+        *["## How it was made", "", HOW, *_made(stored)],
     ]
 
 
@@ -193,6 +195,7 @@ def _verdicts(stored: Stored, prefix: str) -> list[str]:
         f"{counts[True]} of {len(found)} lines hold, {counts[False]} do not, {counts[None]} "
         "without an answer.",
         "",
+        OF_THE_CONTROL,
         *table(
             ["", "at least", "found", "holds"],
             [[v.what, v.needed, v.found, words[v.holds]] for v in found],
@@ -208,8 +211,6 @@ def _made(stored: Stored) -> list[str]:
     commits = sorted({each["commit"] for each in facts})
     versions = sorted({f"{k} {v}" for each in facts for k, v in each["versions"].items()})
     return [
-        "## How it was made",
-        "",
         f"{len(facts)} results, {seconds} of work in all; commits {', '.join(commits)}; "
         f"{', '.join(versions)}.",
     ]

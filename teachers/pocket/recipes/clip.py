@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from teachers.open_clip_tower import register_models
+from teachers.pocket.recipes.checkpoint import Origin
 from teachers.pocket.recipes.contrastive import Pairs
 from teachers.pocket.recipes.data import Classes, captions, definitions, lemmas, samples
 from teachers.pocket.recipes.text import distil_text, sentence_vectors, train_tokenizer
@@ -19,7 +20,7 @@ from teachers.pocket.recipes.trunk import Views
 TEXT_STEPS = 1200
 
 
-def text_tower(data: Path, work: Path, seed: int) -> tuple[Any, Path, list[dict[str, float]]]:
+def text_tower(data: Path, work: Path, origin: Origin) -> tuple[Any, Path, list[dict[str, float]]]:
     """Return a model whose text tower follows the sentence encoder; its tokenizer; the curve.
 
     Both pocket models start from it, so it is trained once and kept in `work`.
@@ -27,7 +28,7 @@ def text_tower(data: Path, work: Path, seed: int) -> tuple[Any, Path, list[dict[
     from transformers import AutoTokenizer
 
     register_models()
-    torch.manual_seed(seed)
+    torch.manual_seed(origin.seed)
     model = open_clip.create_model("pocket-clip")
     folder = work / "tokenizer"
     said = [text for sample in samples(data / "flickr8k", "train") for text in captions(sample)]
@@ -44,8 +45,7 @@ def text_tower(data: Path, work: Path, seed: int) -> tuple[Any, Path, list[dict[
         vectors,
         work / "text.pt",
         names=len(names),
-        steps=TEXT_STEPS,
-        seed=seed,
+        origin=origin,
     )
     return model, folder, curve
 

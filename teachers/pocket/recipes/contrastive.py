@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
 from torch import Tensor, nn
 
-from teachers.pocket.recipes.checkpoint import Checkpoint
+from teachers.pocket.recipes.checkpoint import Checkpoint, Origin
 from teachers.pocket.recipes.data import Classes, imagenet_synsets
 from teachers.pocket.recipes.text import TEMPLATES, schedule, tokens_of
 
@@ -161,20 +161,20 @@ def train_pairs(
     path: Path,
     *,
     each: int,
-    steps: int,
-    seed: int,
+    origin: Origin,
 ) -> list[dict[str, float]]:
     """Train the text tower, the projection and, where it is given, the trunk's last stage.
 
     `classifier` is the trunk's own; the last stage's batch norms keep their statistics. Returns
     the curve of losses.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(origin.seed)
     optimizer = _optimizer(model, last_stage)
     rates = [group["lr"] for group in optimizer.param_groups]
     parts = {"text": model.text, "head": model.visual.head, "optimizer": optimizer}
     parts |= {} if last_stage is None else {"last stage": last_stage}
-    saved = Checkpoint(path, parts, generator, scalars=_scalars(model))
+    saved = Checkpoint(path, parts, generator, origin, scalars=_scalars(model))
+    steps = origin.steps
     while saved.step < steps:
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * schedule(saved.step, steps)

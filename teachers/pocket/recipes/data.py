@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from collections.abc import Iterator, Sequence
@@ -20,9 +21,14 @@ from torchvision.transforms import v2
 
 NUM_HELD_OUT = 20  # classes of tiny-imagenet-100 whose names and pictures are never paired
 HELD_OUT_SEED = 0
+CLASSES = "classes.txt"
 SCALE = (0.35, 1.0)  # share of the picture's area that a view may show
 
 Image3 = UInt8[Tensor, "3 h w"]
+
+
+class RecipeError(ValueError):
+    """What a user of the recipes can mend; printed without a traceback."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,7 @@ class Classes:
     @classmethod
     def read(cls, folder: Path) -> Classes:
         """Read classes.txt: number, WordNet id and names, separated by tabs."""
-        rows = [line.split("\t") for line in (folder / "classes.txt").read_text().splitlines()]
+        rows = [line.split("\t") for line in (folder / CLASSES).read_text().splitlines()]
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(HELD_OUT_SEED))
         held_out = tuple(sorted(order[:NUM_HELD_OUT].tolist()))
         return cls(tuple(row[1] for row in rows), tuple(row[2] for row in rows), held_out)
@@ -50,12 +56,57 @@ class Classes:
 def samples(folder: Path, split: str) -> Iterator[dict[str, Any]]:
     """Yield the samples of a set's split in order: `__key__`, and bytes by field.
 
-    Raises FileNotFoundError when the folder has no shard of the split.
+    Raises:
+        RecipeError: the folder has no shard of the split.
     """
-    shards = sorted(str(path) for path in folder.glob(f"{split}-*.tar"))
-    if not shards:
-        raise FileNotFoundError(f"no {split}-*.tar in '{folder}'; pass the folder of image sets")
+    shards = [str(path) for path in shards_of(folder, split)]
     yield from webdataset.WebDataset(shards, shardshuffle=False, empty_check=False)
+
+
+def shards_of(folder: Path, split: str) -> list[Path]:
+    """Return the shards of a set's split in order.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    shards = sorted(folder.glob(f"{split}-*.tar"))
+    if not shards:
+        raise RecipeError(
+            f"no {split}-*.tar in '{folder}'; give the folder of image sets as --data"
+        )
+    return shards
+
+
+def fingerprint(folder: Path, sets: Sequence[str]) -> str:
+    """Return a SHA-256 over the train shards of some sets and what their classes are called.
+
+    Raises:
+        RecipeError: a set has no train shard.
+    """
+    digest = hashlib.sha256()
+    for name in sets:
+        classes = folder / name / CLASSES
+        for path in [*shards_of(folder / name, "train"), *([classes] if classes.exists() else [])]:
+            content = hashlib.sha256(path.read_bytes()).hexdigest()
+            digest.update(f"{name}/{path.name} {content}\n".encode())
+    return digest.hexdigest()
+
+
+def claim(work: Path, data: str) -> None:
+    """Note of which data a work folder is, since not all that is kept in it says so.
+
+    Raises:
+        RecipeError: it is of other data, or holds files and does not say of which.
+    """
+    note = work / "data.txt"
+    if not note.exists() and not (work.exists() and any(work.iterdir())):
+        work.mkdir(parents=True, exist_ok=True)
+        note.write_text(data)
+    if not note.exists() or note.read_text() != data:
+        raise RecipeError(
+            f"{work} holds what was made of other image sets; give another --work folder, or "
+            "delete that one"
+        )
 
 
 def rgb(data: bytes) -> Image3:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from torchvision.transforms import v2
 
-from teachers.pocket.recipes.checkpoint import Checkpoint
+from teachers.pocket.recipes.checkpoint import Checkpoint, Origin
 from teachers.pocket.recipes.text import schedule
 from teachers.pocket.recipes.vit import PATCH, build_vit, normalised
 
@@ -168,10 +168,10 @@ def self_distil(
     start: Mapping[str, Tensor] | None,
     path: Path,
     *,
-    steps: int,
-    seed: int,
+    origin: Origin,
 ) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
     """Train on pictures alone; return the teacher's ViT and the curve."""
+    seed, steps = origin.seed, origin.steps
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     student, losses = Network(start), Losses()
@@ -187,7 +187,7 @@ def self_distil(
     ]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.04, fused=True)
     parts = {"student": student, "teacher": teacher, "losses": losses, "optimizer": optimizer}
-    saved = Checkpoint(path, parts, generator)
+    saved = Checkpoint(path, parts, generator, origin)
     crops = Crops()
     while saved.step < steps:
         share = saved.step / steps

@@ -33,7 +33,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from teachers.base import IMAGENET_MEAN, IMAGENET_STD
-from teachers.pocket.recipes.checkpoint import Checkpoint
+from teachers.pocket.recipes.checkpoint import Checkpoint, Origin
 from teachers.pocket.recipes.data import Image3, grey, rgb, samples
 from teachers.pocket.recipes.optim import build_muon
 from teachers.pocket.recipes.text import schedule
@@ -308,14 +308,15 @@ def mask_losses(
 
 
 def train_sam(
-    sam: Sam, canvases: Canvases, path: Path, *, steps: int, seed: int
+    sam: Sam, canvases: Canvases, path: Path, *, origin: Origin
 ) -> list[dict[str, float]]:
     """Train the whole model; return the curve."""
     optimizers = build_optimizers(sam)
-    saved = Checkpoint(path, {"sam": sam, **optimizers}, torch.Generator())
+    saved = Checkpoint(path, {"sam": sam, **optimizers}, torch.Generator(), origin)
+    steps = origin.steps
     recent: dict[str, list[float]] = {}
     while saved.step < steps:
-        generator = np.random.default_rng([seed, saved.step])
+        generator = np.random.default_rng([origin.seed, saved.step])
         told = _step(sam, [canvases.draw(generator) for _ in range(BATCH)])
         sam.zero_grad(set_to_none=True)
         told["loss"].backward()

@@ -6,7 +6,7 @@ import hashlib
 import json
 import platform
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -16,9 +16,11 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from teachers.pocket.recipes.checkpoint import Origin
 from teachers.weights import POCKET, WEIGHTS
 
 LARGEST = 10_000_000  # bytes
+SHARED = ("text", "views of 128 px", "trunk")  # parts that several teachers start from
 TERMS = (
     "The pictures that it learnt from are for non-commercial research (ImageNet, Flickr8k, COCO's "
     "pictures, CamVid) or have no stated licence: use these weights for research and tests only."
@@ -27,7 +29,10 @@ TERMS = (
 
 @dataclass
 class Making:
-    """What a card says: purpose, start, data, settings; curves and CPU minutes of each part."""
+    """What a card says: purpose, start, data, settings; curves and CPU minutes of each part.
+
+    `data` are the sets' names, `data_print` a hash of them.
+    """
 
     name: str
     purpose: str
@@ -36,15 +41,20 @@ class Making:
     settings: dict[str, Any]
     seed: int
     work: Path
+    data_print: str
     curves: dict[str, list[dict[str, float]]] = field(default_factory=dict)
     minutes: dict[str, float] = field(default_factory=dict)
+
+    def origin(self, steps: int) -> Origin:
+        """Return what decides the weights of a training of so many steps."""
+        return Origin(self.seed, steps, self.data_print)
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
         """Add up the CPU minutes that a part takes, also when it is cut off and goes on later.
 
-        Those of all threads, so that waiting for other work does not count. What two teachers share
-        has one name, and counts for both.
+        Those of all threads, so that waiting for other work does not count. What several teachers
+        share (SHARED) has one name and is made once.
         """
         file = self.work / "minutes.json"
         start = time.process_time()
@@ -90,7 +100,6 @@ def card(recipe: Making, state: Mapping[str, Tensor], size: int) -> str:
     digest = hashlib.sha256((POCKET / recipe.name / WEIGHTS).read_bytes()).hexdigest()
     count = sum(value.numel() for value in state.values() if value.is_floating_point())
     settings = "\n".join(f"| {key} | {value} |" for key, value in recipe.settings.items())
-    minutes = ", ".join(f"{part} {spent:g}" for part, spent in recipe.minutes.items())
     data = "\n".join(f"- {name}" for name in recipe.data)
     return f"""# pocket_{recipe.name}
 
@@ -107,7 +116,9 @@ def card(recipe: Making, state: Mapping[str, Tensor], size: int) -> str:
 **Size.** {count / 1e6:.2f} M parameters, {size / 1e6:.1f} MB in half precision; SHA-256 {digest}.
 
 **Recipe.** `make pocket`, or `python -m teachers.pocket.recipes {recipe.name} --data DIR`: seed
-{recipe.seed}, CPU minutes: {minutes}. Curves: training.json.
+{recipe.seed}. Curves: training.json.
+
+**Cost.** {cost(recipe.minutes, recipe.curves)}
 
 | setting | value |
 |---|---|
@@ -118,6 +129,20 @@ def card(recipe: Making, state: Mapping[str, Tensor], size: int) -> str:
 What it can do is measured by `radio evaluate pocket_{recipe.name} --task TASK --data DIR`;
 `make results` measures all of it.
 """
+
+
+def cost(
+    minutes: Mapping[str, float], curves: Mapping[str, Sequence[Mapping[str, int | float]]]
+) -> str:
+    """Return what a card says of time: own and shared CPU minutes, and the clock's of curves."""
+    told = {part: f"{part} {spent:g}" for part, spent in minutes.items()}
+    own = ", ".join(text for part, text in told.items() if part not in SHARED)
+    shared = ", ".join(text for part, text in told.items() if part in SHARED)
+    ends = {name: rows[-1] for name, rows in curves.items() if "minutes" in rows[-1]}
+    clock = ", ".join(f"{k} {row['minutes']:.1f} (step {row['step']})" for k, row in ends.items())
+    return f"""CPU minutes of its own parts: {own};
+of those that several teachers start from, made once: {shared};
+{sum(minutes.values()):.1f} in all. Minutes by the clock to the last row of a curve: {clock}."""
 
 
 def table_of(curves: Mapping[str, list[dict[str, float]]]) -> str:

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from teachers.pocket.recipes.checkpoint import Checkpoint
+from teachers.pocket.recipes.checkpoint import Checkpoint, Origin
 
 VOCAB = 4096
 CONTEXT = 20
@@ -112,8 +112,7 @@ def distil_text(
     path: Path,
     *,
     names: int,
-    steps: int,
-    seed: int,
+    origin: Origin,
 ) -> list[dict[str, float]]:
     """Train an open_clip text tower to say what the sentence encoder says; return the curve.
 
@@ -121,13 +120,15 @@ def distil_text(
     1 - cosine plus the contrast of both similarity matrices. The first `names` texts are names
     and are put into a drawn template, so that "a photo of a" comes to mean nothing.
     """
-    generator = torch.Generator().manual_seed(seed)
-    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(origin.seed)
+    torch.manual_seed(origin.seed)
     dim = int(tower.text_projection.out_features)  # type: ignore[union-attr, arg-type]
     head = nn.Linear(dim, vectors.shape[1])
     weights = [*tower.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(weights, lr=LR, weight_decay=0.01, betas=(0.9, 0.98), fused=True)
-    saved = Checkpoint(path, {"tower": tower, "head": head, "optimizer": optimizer}, generator)
+    parts = {"tower": tower, "head": head, "optimizer": optimizer}
+    saved = Checkpoint(path, parts, generator, origin)
+    steps = origin.steps
     while saved.step < steps:
         for group in optimizer.param_groups:
             group["lr"] = LR * schedule(saved.step, steps)

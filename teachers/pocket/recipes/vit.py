@@ -16,7 +16,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from teachers.base import IMAGENET_MEAN, IMAGENET_STD
-from teachers.pocket.recipes.checkpoint import Checkpoint
+from teachers.pocket.recipes.checkpoint import Checkpoint, Origin
 from teachers.pocket.recipes.optim import build_muon
 from teachers.pocket.recipes.text import schedule
 from teachers.pocket.recipes.trunk import WIDTH, Views
@@ -72,19 +72,19 @@ class Heads(nn.Module):
 
 
 def distil_trunk(
-    model: Any, views: Views, path: Path, *, size: int, steps: int, seed: int
+    model: Any, views: Views, path: Path, *, size: int, origin: Origin
 ) -> list[dict[str, float]]:
     """Train the ViT on cached views (`crops`, `maps`, `pooled`); return the curve.
 
     `size` is the side in px that the ViT sees them at; the trunk saw them at theirs.
     """
-    torch.manual_seed(seed)
+    torch.manual_seed(origin.seed)
     heads = Heads(model.embed_dim, views["maps"].shape[2])
     weights = [*model.parameters(), *heads.parameters()]
     optimizer = build_muon(model.blocks, weights, LR)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(origin.seed)
     parts = {"model": model, "heads": heads, "optimizer": optimizer}
-    saved = Checkpoint(path, parts, generator)
+    saved, steps = Checkpoint(path, parts, generator, origin), origin.steps
     mean = views["pooled"][0].float().mean(0)
     spread = views["maps"][0, ::8].float().square().mean()
     num_views, count = views["crops"].shape[:2]
