@@ -41,7 +41,7 @@ FLOORS = """The floor is raw pixels (their values at 64 px; for maps the mean co
 of each 4 x 4 px cell), a guess, or the constant shape that fits the train split's instances best,
 drawn round the point or into the box. `linear` has none: raw pixels have too many channels for it.
 """
-KEEPS = """(student - floor) / (best teacher's - floor) at the same size, all three resampled
+KEEPS = """(student - floor) / (best teacher's - floor) at the same size, all three weighted
 together. Bold where the teacher is the best at any size. The student's output is its
 backbone's, or its adaptor's where texts or masks are decoded.
 """
