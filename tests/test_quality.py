@@ -430,7 +430,7 @@ def test_the_commands_that_the_page_gives_are_what_the_programs_take() -> None:
     control = replace(control, out=student.out, cache=student.cache, teachers=student.teachers)
     assert control == student and student.stages[0].steps == 4000 and student.codec == "int8"
     told = subprocess.run(
-        [commands[-1][0], "--dry-run", "--always-make", *commands[-1][1:]],
+        [commands[-1][0], "--no-print-directory", "--dry-run", "--always-make", *commands[-1][1:]],
         cwd=Path(__file__).parents[1],
         capture_output=True,
         text=True,
