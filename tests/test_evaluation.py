@@ -39,7 +39,7 @@ from radio.evaluation.result import (
 )
 from radio.evaluation.retrieval import mean_recall
 from radio.evaluation.segmentation import mean_iou
-from radio.evaluation.similarity import _shares, cka, cka_interval
+from radio.evaluation.similarity import cka, cka_and_effects, cka_interval
 from radio.evaluation.target import Target
 from radio.evaluation.targets import PixelsTarget
 
@@ -391,7 +391,7 @@ def test_a_picture_s_effect_on_cka_is_what_its_weight_changes() -> None:
     a = torch.randn(30, 5, generator=generator)
     b = a[:, :4] + torch.randn(30, 4, generator=generator)
     ours, theirs = a.double().numpy(), b.double().numpy()
-    _, effects = _shares(a, b)
+    _, effects = cka_and_effects(a, b)
     for picture in (0, 11):
         found = []
         for step in (1e-5, -1e-5):

@@ -15,7 +15,6 @@ import radio.evaluation.fidelity as module
 from radio.errors import RadioError
 from radio.evaluation.evaluate import evaluate
 from radio.evaluation.fidelity import lowest
-from radio.evaluation.mode_switch import Explained
 from radio.evaluation.result import Options
 from radio.training.distill import distill
 from radio.training.metrics import Fidelity
@@ -38,14 +37,13 @@ def judged(p: torch.Tensor, y: torch.Tensor, valid: torch.Tensor) -> float:
 
 
 def test_fidelity_is_scikit_learn_s_r2() -> None:
-    whole, by_view = Fidelity(), Explained()
+    found = Fidelity()
     batches = [drawn(count, seed) for seed, count in enumerate((4, 4, 3))]
     for p, y, valid in batches:
-        whole.update(p, y, valid)
-        by_view.update(p, y.masked_fill(~valid[:, None], torch.nan), valid)
+        found.update(p, y.masked_fill(~valid[:, None], torch.nan), valid)
     expected = judged(*(torch.cat(parts) for parts in zip(*batches, strict=True)))
-    assert whole.value == pytest.approx(expected, rel=1e-9)
-    values = by_view.by_picture().numpy()
+    assert found.value == pytest.approx(expected, rel=1e-9)
+    values = found.by_view().numpy()
     assert values.shape == (11, 2) and lowest(values[:, None]) == pytest.approx(expected, rel=1e-9)
 
 

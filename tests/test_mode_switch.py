@@ -19,7 +19,7 @@ from radio.config import TeacherConfig, load_teacher
 from radio.encoder.images import resized
 from radio.encoder.weights import TeacherHeads
 from radio.errors import RadioError
-from radio.evaluation.mode_switch import Explained, mode_switch, worst_ratio
+from radio.evaluation.mode_switch import mode_switch, worst_ratio
 from radio.evaluation.pictures import Pictures
 from radio.evaluation.result import Options
 from radio.evaluation.target import Target
@@ -190,11 +190,11 @@ def test_the_space_of_phi_s_gives_the_same() -> None:
     generator = torch.Generator().manual_seed(0)
     y = torch.randn(6, 12, 4, 4, generator=generator) * torch.arange(1, 13).view(1, 12, 1, 1)
     p = y + torch.randn(y.shape, generator=generator)
-    own, inside = Explained(), Explained()
+    own, inside = Fidelity(), Fidelity()
     own.update(p, y)
     phi_s = PhiS(12).partial_fit(y.movedim(1, -1).reshape(-1, 12)).fit()
     inside.update(phi_s.transform_map(p), phi_s.transform_map(y))
-    values = [part.by_picture().sum(0) for part in (own, inside)]
+    values = [part.by_view().sum(0) for part in (own, inside)]
     shares = [float(residual / spread) for spread, residual in values]
     assert shares[0] == pytest.approx(shares[1], rel=1e-5)
 

@@ -25,6 +25,8 @@ from radio.evaluation.pictures import Split
 from radio.evaluation.result import Options, Statistic, mean, weighted
 from radio.evaluation.segmentation import mean_iou, segmentation
 from radio.evaluation.target_kinds import TeacherTarget
+from radio.targets.grid import to_coarser
+from radio.training.metrics import Fidelity
 
 BATCH = 16
 Maps = Float[Tensor, "n d _ _"]
@@ -106,13 +108,14 @@ def fidelity(trained: Trained, sizes: Sequence[int] = (LOW, HIGH)) -> Scores:
             name: told_at(trained, teacher, split, size)
             for name, teacher in trained.teachers.items()
         }
-        sums = {name: mode_switch.Explained() for name in maps}
+        sums = {name: Fidelity() for name in maps}
         for part, pictures in batches_of(split, size):
             said = trained.target.extract(pictures, list(outputs.values()))
             for name, output in outputs.items():
-                sums[name].update(said[output] / trained.factors.get(name, 1.0), maps[name][part])
+                predicted = said[output] / trained.factors.get(name, 1.0)
+                sums[name].update(*to_coarser(predicted, maps[name][part]))
         for name, several in sums.items():
-            rows = several.by_picture()
+            rows = several.by_view()
             values = float(torch.cat(several.counts).sum()) * maps[name].shape[1]
             scores[f"mse/{name}@{size}"] = float(rows[:, 1].sum()) / values
             scores[f"fidelity/{name}@{size}"] = Samples(rows.numpy(), "fidelity")

@@ -54,5 +54,6 @@ def check_fingerprint(name: str, facts: Mapping[str, Any], fingerprint: str, enc
         raise RadioError(
             f"teacher '{name}' has other weights than when {encoder} was distilled from it "
             f"(fingerprint {fingerprint[:12]}, then {recorded[:12]}), so its adaptor does not fit "
-            "what goes with them; give the teacher back its weights, or distil anew"
+            "what goes with them; give the teacher back its weights, distil anew, or fuse the run "
+            "anew if an earlier version of this package did"
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import statistics
 import tempfile
-from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,60 +13,31 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor
 
 from radio.config import Config
 from radio.data.configured import training_plan
 from radio.data.plan import StepSpec
 from radio.errors import RadioError
-from radio.evaluation.mode_switch import Explained
 from radio.evaluation.result import bootstrap
 from radio.progress import Report, told
-from radio.targets.grid import to_grid
 from radio.targets.standardize import save_standardizers
-from radio.targets.stream import LocalStream, StepBatch, Target, device_of
+from radio.targets.stream import LocalStream, device_of
 from radio.targets.target_maker import Request, StandardizerFile
 from radio.training.checkpoint import Checkpoint, find_checkpoint
 from radio.training.learner import student_for
-from radio.training.metrics import Row, held_out_rows
+from radio.training.metrics import Row, held_out, table
 from radio.training.student_run import HELD_OUT_BATCH
-from student.model import StudentOutput
-
-
-class _ByView:
-    """The sums of each view behind the plain rows, taken while `held_out_rows` runs a student."""
-
-    def __init__(self) -> None:
-        self.sums: dict[tuple[str, int], Explained] = {}
-        self._targets: dict[str, Target] = {}
-
-    def told(self, batches: Iterable[StepBatch]) -> Iterator[StepBatch]:
-        """Yield batches of one partition each, whose targets the student's next outputs are for."""
-        for batch in batches:
-            (partition,) = batch.partitions
-            self._targets = partition.targets
-            yield batch
-
-    def hook(self, _: nn.Module, given: tuple[Any, ...], outputs: dict[str, StudentOutput]) -> None:
-        """Add what a student said of (images, merged tokens per block, window)."""
-        images, merge, _window = given
-        if merge:
-            return
-        for name, target in self._targets.items():
-            sums = self.sums.setdefault((name, images.shape[-1]), Explained())
-            grid = (target.features.shape[-2], target.features.shape[-1])
-            predicted = to_grid(outputs[name].features.float().cpu(), grid)
-            sums.update(predicted, target.features, target.valid)
-
-    def values(self) -> Float[np.ndarray, "views rows 2"]:
-        """Return sum (y - mean y)^2 and sum (p - y)^2 of each view and row."""
-        return torch.stack([each.by_picture() for each in self.sums.values()], dim=1).numpy()
 
 
 def lowest(values: NDArray[Any]) -> float:
     """Return the lowest fidelity over rows from [views, rows, 2] sums."""
     spread, residual = np.moveaxis(values.sum(axis=0), -1, 0)
     return float((spread / residual).min())
+
+
+def _interval(by_view: list[Float[Tensor, "views 2"]], seed: int) -> list[float]:
+    return list(bootstrap(torch.stack(by_view, dim=1).numpy(), lowest, seed=seed))
 
 
 def fidelity(
@@ -94,19 +64,19 @@ def fidelity(
         request = Request("val", "float32", files)
         batches = told(stream.read(specs, request), len(specs), progress)
         device = device_of(config)
-        by_view = _ByView()
-        student.register_forward_hook(by_view.hook)
-        rows = held_out_rows(student.to(device), by_view.told(batches), device)
-    score = min(row.fidelity for row in rows if not row.merged)
-    finite = all(math.isfinite(row.fidelity) for row in rows)
+        scores = held_out(student.to(device), batches, device)
+    rows = table(scores)
+    plain = [row.fidelity for row in rows if not row.merged]
+    finite = all(map(math.isfinite, plain))
+    by_view = [each.features.by_view() for (*_, merged), each in scores.items() if not merged]
     return {
         "task": "fidelity",
         "target": str(target),
-        "score": score,
-        "interval": list(bootstrap(by_view.values(), lowest, seed=seed)) if finite else None,
+        "score": min(plain),
+        "interval": _interval(by_view, seed) if finite else None,
         "details": {
             "step": checkpoint.step,
-            "median": statistics.median(row.fidelity for row in rows if not row.merged),
+            "median": statistics.median(plain),
             "rows": [row.as_dict() for row in rows],
         },
     }

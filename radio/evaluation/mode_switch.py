@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from radio.config import TeacherConfig
@@ -21,54 +21,15 @@ from radio.evaluation.result import Options, Result, bootstrap
 from radio.evaluation.target import Target
 from radio.evaluation.target_kinds import TeacherTarget
 from radio.progress import Report
-from radio.targets.grid import Grid, coarser, to_grid
+from radio.targets.grid import Grid, to_coarser
+from radio.training.metrics import Fidelity
 from teachers import Teacher
 
 BATCH = 16  # pictures through the encoder and its teachers at once
 LITTLE = 0.1  # a largest e below this says too little for a ratio to mean much
 NEEDED = ("kind", "options", "pretrained", "seed")  # of a teacher, in the encoder's config.json
 Maps = Float[Tensor, "n d h w"]
-Others = Float[Tensor, "n d rows columns"]
 Values = Float[np.ndarray, "pictures teachers sizes 2"]
-
-
-class Explained:
-    """Sums over one teacher at one size, from which the variance and what is left of it follow."""
-
-    def __init__(self) -> None:
-        self.counts: list[Tensor] = []
-        self.sums: list[Tensor] = []
-        self.squares: list[Tensor] = []
-        self.residuals: list[Tensor] = []
-
-    def update(
-        self, predicted: Maps, target: Others, valid: Bool[Tensor, "n rows columns"] | None = None
-    ) -> None:
-        """Add some pictures, in float64, at the coarser of the two grids.
-
-        `valid` says which positions count, of maps that have one grid; all if not given.
-        """
-        grid = coarser(_grid(predicted), _grid(target))
-        y = to_grid(target, grid).double().flatten(2)
-        error = to_grid(predicted, grid).double().flatten(2) - y
-        known = torch.ones(len(y), y.shape[2], dtype=torch.bool)
-        if valid is not None:
-            known = valid.flatten(1)
-            y, error = (values.masked_fill(~known[:, None], 0) for values in (y, error))
-        self.counts.append(known.sum(dim=1).double())
-        self.sums.append(y.sum(dim=2))
-        self.squares.append(y.square().sum(dim=(1, 2)))
-        self.residuals.append(error.square().sum(dim=(1, 2)))
-
-    def by_picture(self) -> Float[Tensor, "pictures 2"]:
-        """Return sum (y - mean y)^2 and sum (p - y)^2 of each picture.
-
-        The mean is per channel, over all pictures and positions.
-        """
-        counts, sums = torch.cat(self.counts), torch.cat(self.sums)
-        mean = sums.sum(dim=0) / counts.sum()
-        spread = torch.cat(self.squares) - 2 * sums @ mean + counts * mean.square().sum()
-        return torch.stack([spread, torch.cat(self.residuals)], dim=1)
 
 
 def mode_switch(
@@ -215,7 +176,7 @@ def _at_size(
     report: Report | None,
 ) -> Float[np.ndarray, "pictures teachers 2"]:
     """Return spread and residual of every picture and teacher at one size of the encoder's."""
-    sums = {name: Explained() for name in teachers}
+    sums = {name: Fidelity() for name in teachers}
     outputs = {name: f"{name}:features" for name in teachers}
     for start in range(0, len(split), BATCH):
         part = range(start, min(start + BATCH, len(split)))
@@ -226,10 +187,10 @@ def _at_size(
                 y = native[name][part.start : part.stop]
             else:
                 y = matched(teacher, _grid(predicted), split, part)
-            sums[name].update(predicted, y)
+            sums[name].update(*to_coarser(predicted, y))
         if report is not None:
             report(part.stop, len(split))
-    values = {name: several.by_picture() for name, several in sums.items()}
+    values = {name: several.by_view() for name, several in sums.items()}
     for name, value in values.items():
         _check(name, size, value)
     return torch.stack(list(values.values()), dim=1).numpy()

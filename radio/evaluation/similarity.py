@@ -60,7 +60,7 @@ def cka(a: Float[Tensor, "n d"], b: Float[Tensor, "n e"]) -> float:
 
     Linear CKA, Kornblith and others, 1905.00414, eq. 4 and 5; 0 where one of them is constant.
     """
-    return _shares(a, b)[0]
+    return cka_and_effects(a, b)[0]
 
 
 def cka_interval(
@@ -72,12 +72,12 @@ def cka_interval(
     count a heavy picture's likeness to itself by its square, which raises every CKA: that of two
     random targets would lie below its own interval.
     """
-    score, effects = _shares(a, b)
+    score, effects = cka_and_effects(a, b)
     low, high = bootstrap(effects * len(effects), resamples=resamples, seed=seed)
     return score * math.exp(low), min(1.0, score * math.exp(high))
 
 
-def _shares(
+def cka_and_effects(
     a: Float[Tensor, "n d"], b: Float[Tensor, "n e"]
 ) -> tuple[float, Float[np.ndarray, " n"]]:
     """Return CKA, and d ln CKA / d ln w of each picture's weight w; 0 where CKA is.

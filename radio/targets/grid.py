@@ -39,3 +39,11 @@ def to_grid(features: Float[Tensor, "b c h w"], grid: Grid) -> Float[Tensor, "b 
     if tuple(features.shape[-2:]) == grid:
         return features
     return F.interpolate(features, size=grid, mode="bilinear", antialias=True)
+
+
+def to_coarser(
+    a: Float[Tensor, "b c h w"], b: Float[Tensor, "b d rows columns"]
+) -> tuple[Float[Tensor, "b c i j"], Float[Tensor, "b d i j"]]:
+    """Return two maps on the coarser of their grids."""
+    grid = coarser((a.shape[-2], a.shape[-1]), (b.shape[-2], b.shape[-1]))
+    return to_grid(a, grid), to_grid(b, grid)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -19,37 +19,59 @@ from student.model import Student, StudentOutput
 
 
 class Fidelity:
-    """Accumulate sum (y - mean y)^2 / sum (prediction - y)^2 over valid positions, float64.
+    """Sums of each view, float64, for sum (y - mean y)^2 / sum (p - y)^2 of predictions p.
 
-    The mean is per channel, of the accumulated set itself; 1 means that the student does no
-    better than predicting it.
+    The mean is per channel, over all views and valid positions; 1 means that the student does no
+    better than predicting it (PHI-S, 2410.01680).
     """
 
     def __init__(self) -> None:
-        self.count = 0.0
-        self.total = torch.zeros((), dtype=torch.float64)
-        self.squares = torch.zeros((), dtype=torch.float64)
-        self.residual = 0.0
+        self.counts: list[Tensor] = []
+        self.sums: list[Tensor] = []
+        self.squares: list[Tensor] = []
+        self.residuals: list[Tensor] = []
 
     def update(
         self,
         predicted: Float[Tensor, "b c h w"],
         target: Float[Tensor, "b c h w"],
-        valid: Bool[Tensor, "b h w"],
+        valid: Bool[Tensor, "b h w"] | None = None,
     ) -> None:
-        """Add a batch."""
-        y = target.double().movedim(1, -1)[valid]
-        error = predicted.double().movedim(1, -1)[valid] - y
-        self.count += len(y)
-        self.total = self.total + y.sum(0)
-        self.squares = self.squares + y.square().sum(0)
-        self.residual += float(error.square().sum())
+        """Add some views, of which the valid positions count; all if not given."""
+        y = target.double().flatten(2)
+        error = predicted.double().flatten(2) - y
+        known = torch.ones(len(y), y.shape[2], dtype=torch.bool)
+        if valid is not None:
+            known = valid.flatten(1)
+            y, error = (values.masked_fill(~known[:, None], 0) for values in (y, error))
+        self.counts.append(known.sum(dim=1).double())
+        self.sums.append(y.sum(dim=2))
+        self.squares.append(y.square().sum(dim=(1, 2)))
+        self.residuals.append(error.square().sum(dim=(1, 2)))
+
+    def by_view(self) -> Float[Tensor, "views 2"]:
+        """Return sum (y - mean y)^2 and sum (p - y)^2 of each view."""
+        counts, sums = torch.cat(self.counts), torch.cat(self.sums)
+        mean = sums.sum(dim=0) / counts.sum()
+        spread = torch.cat(self.squares) - 2 * sums @ mean + counts * mean.square().sum()
+        return torch.stack([spread, torch.cat(self.residuals)], dim=1)
 
     @property
     def value(self) -> float:
         """The ratio; larger is better, infinite for a prediction without error."""
-        spread = float((self.squares - self.total.square() / self.count).sum())
-        return spread / self.residual if self.residual else math.inf
+        spread, residual = self.by_view().sum(dim=0).tolist()
+        return float(spread / residual) if residual else math.inf
+
+
+@dataclass
+class Score:
+    """What a student says of a teacher at a size: of features, and each summary's cosine."""
+
+    features: Fidelity = field(default_factory=Fidelity)
+    cosines: list[Tensor] = field(default_factory=list)
+
+
+Scores = dict[tuple[str, int, bool], Score]  # by teacher, px a side, with merged tokens
 
 
 @dataclass(frozen=True)
@@ -70,30 +92,38 @@ class Row:
         return asdict(self)
 
 
-@torch.inference_mode()
 def held_out_rows(
     student: Student, batches: Iterable[StepBatch], device: torch.device
 ) -> list[Row]:
+    """Measure a student as `held_out` does, and return the table."""
+    return table(held_out(student, batches, device))
+
+
+@torch.inference_mode()
+def held_out(student: Student, batches: Iterable[StepBatch], device: torch.device) -> Scores:
     """Measure a student on held-out batches, once plain and once merged where a partition merges.
 
     Batches hold one partition each (`Plan.held_out`); targets should travel as float32.
     """
-    scores: dict[tuple[str, int, bool], tuple[Fidelity, list[Tensor]]] = {}
+    scores: Scores = {}
     with _at_rest(student):
         for batch in batches:
             for partition in batch.partitions:
                 for merge in sorted({0, partition.merge_per_block}):
                     outputs = student(partition.images.to(device), merge, partition.window)
                     _add(scores, partition, outputs, merge > 0)
+    return scores
+
+
+def table(scores: Scores) -> list[Row]:
+    """Return a row for each score."""
     return [
         Row(
-            teacher,
-            size,
-            merged,
-            fidelity.value,
-            float(torch.cat(cosines).mean()) if cosines else None,
+            *key,
+            score.features.value,
+            float(torch.cat(score.cosines).mean()) if score.cosines else None,
         )
-        for (teacher, size, merged), (fidelity, cosines) in scores.items()
+        for key, score in scores.items()
     ]
 
 
@@ -116,20 +146,17 @@ def _at_rest(student: Student) -> Iterator[None]:
 
 
 def _add(
-    scores: dict[tuple[str, int, bool], tuple[Fidelity, list[Tensor]]],
-    partition: PartitionBatch,
-    outputs: dict[str, StudentOutput],
-    merged: bool,
+    scores: Scores, partition: PartitionBatch, outputs: dict[str, StudentOutput], merged: bool
 ) -> None:
     size = partition.images.shape[-1]
     for name, target in partition.targets.items():
-        fidelity, cosines = scores.setdefault((name, size, merged), (Fidelity(), []))
+        score = scores.setdefault((name, size, merged), Score())
         output = outputs[name]
         grid = (target.features.shape[-2], target.features.shape[-1])
         predicted = to_grid(output.features.float().cpu(), grid)
-        fidelity.update(predicted, target.features, target.valid)
+        score.features.update(predicted, target.features, target.valid)
         if output.summary is not None and target.summary is not None:
-            cosines.append(F.cosine_similarity(output.summary.float().cpu(), target.summary))
+            score.cosines.append(F.cosine_similarity(output.summary.float().cpu(), target.summary))
 
 
 def describe(
