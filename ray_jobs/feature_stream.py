@@ -29,7 +29,7 @@ from radio.config import Config
 from radio.data.plan import StepSpec
 from radio.data.shards import ImageSource
 from radio.errors import RadioError
-from radio.targets.stream import Coded, StepBatch, batches, open_sources
+from radio.targets.stream import Coded, StepBatch, batches, open_sources, read_by
 from radio.targets.target_maker import CodedTarget, Request, TeacherFacts, build_readers
 from ray_jobs.teacher_pool import TeacherPool, get, wait_until_ready
 
@@ -90,7 +90,7 @@ class RayStream:
     ) -> Iterator[StepBatch]:
         """Yield the specs' batches in order."""
         coded = self.encode(specs, request, incarnation)
-        return batches(coded, self._readers[request.split], request, self.config)
+        return batches(coded, read_by(self._readers[request.split]), request, self.config)
 
     def encode(
         self, specs: Iterable[StepSpec], request: Request, incarnation: int = 0

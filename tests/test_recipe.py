@@ -248,7 +248,7 @@ def test_native_and_match_read_views_at_the_promised_size(
     teacher = build_teacher("fake", "a", {**options, "view_modes": ["native", "match"]}, None, 0)
     shape = 16 * rows, 16 * columns
     partition = PartitionSpec("p", max(shape), (), {}, (), shape=shape)
-    shown = Shown(teacher, teacher, partition, (rows, columns))
+    shown = Shown(teacher, partition, (rows, columns), teacher)
     for mode, grid in (("native", (2, 2)), ("match", (rows, columns))):
         size = VIEW_MODES[mode].size(shown)
         features = VIEW_MODES[mode].run(shown, torch.zeros(1, 3, *size)).features

@@ -18,7 +18,7 @@ from radio.targets import codec
 from radio.targets.cache import open_stream
 from radio.targets.fit import fit, read_fitted
 from radio.targets.standardize import Standardizer
-from radio.targets.stream import Coded, LocalStream, StepBatch, Stream, batches
+from radio.targets.stream import Coded, LocalStream, StepBatch, Stream, batches, read_by
 from radio.targets.target_maker import CodedTarget, Request, StandardizerFile, build_readers
 
 
@@ -56,7 +56,7 @@ class SharedStream:
     ) -> Iterator[StepBatch]:
         """Yield the specs' batches in order."""
         coded = self.encode(specs, request, incarnation)
-        return batches(coded, self._readers[request.split], request, self.config)
+        return batches(coded, read_by(self._readers[request.split]), request, self.config)
 
     def close(self) -> None:
         """Let the teachers go."""

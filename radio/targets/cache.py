@@ -24,10 +24,11 @@ from radio.data.shards import ImageSource
 from radio.errors import RadioError
 from radio.targets.cache_key import identity, target_key
 from radio.targets.entries import Entry, EntryFolder, key_of
-from radio.targets.stream import Coded, StepBatch, Stream, batches, open_sources
+from radio.targets.stream import Coded, StepBatch, Stream, batches, open_sources, read_by
 from radio.targets.target_maker import CodedTarget, Request, TeacherFacts, build_readers
 
 log = logging.getLogger("radio.cache")
+SECONDS = ("seconds", "waited")  # of a target, which differ each time
 
 
 def open_stream(
@@ -91,7 +92,7 @@ class CachedStream:
     ) -> Iterator[StepBatch]:
         """Yield the specs' batches in order."""
         coded = self.encode(specs, request, incarnation)
-        return batches(coded, self._readers[request.split], request, self.config)
+        return batches(coded, read_by(self._readers[request.split]), request, self.config)
 
     def encode(
         self, specs: Iterable[StepSpec], request: Request, incarnation: int = 0
@@ -213,8 +214,11 @@ def _what(name: str) -> str:
 
 def _entry(target: CodedTarget) -> Entry:
     """Return what is kept: all but the seconds, so that a target has the same bytes each time."""
-    values = {field.name: getattr(target, field.name) for field in fields(target)}
-    del values["seconds"]
+    values = {
+        field.name: getattr(target, field.name)
+        for field in fields(target)
+        if field.name not in SECONDS
+    }
     arrays = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
     return Entry(arrays, {name: value for name, value in values.items() if name not in arrays})
 

@@ -9,7 +9,8 @@ A Stream is told which steps to read and delivers them in order, each exactly on
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Protocol, runtime_checkable
@@ -22,11 +23,12 @@ from radio.config import Config
 from radio.data.configured import training_plan
 from radio.data.plan import PartitionSpec, StepSpec
 from radio.data.shards import ImageSource, open_images
-from radio.data.views import Framing, ViewReader, Views
+from radio.data.views import ViewReader, Views
 from radio.errors import RadioError
 from radio.targets import codec
 from radio.targets.target_maker import (
     CodedTarget,
+    Reading,
     Request,
     TargetMaker,
     TeacherFacts,
@@ -73,7 +75,8 @@ class StepBatch:
     """Everything one step computes on.
 
     `damaged` maps the key of every picture that was replaced to the reason; `wait_seconds` is
-    the time the student stood still for this batch, `busy_seconds` each teacher's own work.
+    the time the student stood still for this batch, `waits` what of it was for each teacher;
+    `busy_seconds` each teacher's own work, `num_bytes` of each one's targets as they travelled.
     """
 
     step: int
@@ -81,6 +84,8 @@ class StepBatch:
     damaged: Mapping[str, str] = field(default_factory=dict)
     wait_seconds: float = 0.0
     busy_seconds: Mapping[str, float] = field(default_factory=dict)
+    waits: Mapping[str, float] = field(default_factory=dict)
+    num_bytes: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def num_images(self) -> int:
@@ -197,7 +202,7 @@ class LocalStream:
     ) -> Iterator[StepBatch]:
         """Yield the specs' batches in order."""
         coded = self.encode(specs, request, incarnation)
-        return batches(coded, self._readers[request.split], request, self.config)
+        return batches(coded, read_by(self._readers[request.split]), request, self.config)
 
     def _encode(self, spec: StepSpec, request: Request) -> Coded:
         """Run every teacher on its own number of threads, then give the student its back."""
@@ -234,25 +239,33 @@ class StudentViews:
     twin: Views | None = None
 
 
-def student_views(spec: StepSpec, reader: ViewReader, config: Config) -> list[StudentViews]:
-    """Read the student's own views of every partition of a step."""
+ReadViews = Callable[[StepSpec, int, Reading], Views]  # of a step's partition by its number
+
+
+def read_by(reader: ViewReader) -> ReadViews:
+    """Return what reads views in this process."""
+    return lambda spec, number, reading: reading.read(reader, spec.partitions[number])
+
+
+def student_readings(partition: PartitionSpec, config: Config) -> list[Reading]:
+    """Return how the student sees a partition, and its average, where that sees other crops."""
+    names = ["student"]
+    if partition.margin and config.losses.mesa_weight:
+        names.append("average")
     patch = config.student.patch_size
+    return [Reading.of(partition, patch, name, partition.pixels) for name in names]
 
-    def read(partition: PartitionSpec, who: str) -> Views:
-        framing = Framing.of(partition, patch, who)
-        return reader.batch(partition.views, partition.pixels, framing)
 
+def student_views(spec: StepSpec, read: ReadViews, config: Config) -> list[StudentViews]:
+    """Read the student's own views of every partition of a step."""
     return [
-        StudentViews(
-            read(partition, "student"),
-            read(partition, "average") if partition.margin and config.losses.mesa_weight else None,
-        )
-        for partition in spec.partitions
+        StudentViews(*(read(spec, at, each) for each in student_readings(partition, config)))
+        for at, partition in enumerate(spec.partitions)
     ]
 
 
 def batches(
-    coded: Iterator[tuple[StepSpec, Coded]], reader: ViewReader, request: Request, config: Config
+    coded: Iterator[tuple[StepSpec, Coded]], read: ReadViews, request: Request, config: Config
 ) -> Iterator[StepBatch]:
     """Yield a batch for each step that is encoded, with the student's own views."""
     while True:
@@ -262,7 +275,7 @@ def batches(
             return
         waited = time.perf_counter() - started
         spec, targets = step
-        yield assemble(spec, student_views(spec, reader, config), targets, request, waited)
+        yield assemble(spec, student_views(spec, read, config), targets, request, waited)
 
 
 def assemble(
@@ -278,13 +291,17 @@ def assemble(
         RadioError: a teacher used other pictures than the student (joins are by key, never by
             position alone).
     """
-    partitions, damaged, busy = [], dict[str, str](), dict[str, float]()
+    partitions, damaged = [], dict[str, str]()
+    busy, waits = defaultdict[str, float](float), defaultdict[str, float](float)
+    num_bytes = defaultdict[str, int](int)
     for partition, views, targets in zip(spec.partitions, student, coded, strict=True):
         own, twin = views.own, views.twin
         damaged.update(own.replaced)
         for name, target in targets.items():
             _same_keys(name, partition, own, target)
-            busy[name] = busy.get(name, 0.0) + target.seconds
+            busy[name] += target.seconds
+            waits[name] += target.waited
+            num_bytes[name] += target.num_bytes
         partitions.append(
             PartitionBatch(
                 partition.name,
@@ -297,7 +314,15 @@ def assemble(
                 partition.shards,
             )
         )
-    return StepBatch(spec.step, tuple(partitions), damaged, wait_seconds, busy)
+    return StepBatch(
+        spec.step,
+        tuple(partitions),
+        damaged,
+        wait_seconds,
+        dict(busy),
+        dict(waits),
+        dict(num_bytes),
+    )
 
 
 def _decode(target: CodedTarget, request: Request, own: Views) -> Target:

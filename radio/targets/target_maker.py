@@ -21,13 +21,13 @@ from radio.config import Config
 from radio.data.plan import PartitionSpec
 from radio.data.ranks import micro_shards
 from radio.data.shards import ImageSource
-from radio.data.views import Framing, ViewReader
+from radio.data.views import WHOLE, Framing, ViewReader, Views
 from radio.errors import RadioError
 from radio.targets import codec
 from radio.targets.grid import GRIDS, Grid, to_grid
 from radio.targets.standardize import Standardizer, load_standardizers
 from radio.targets.upsampler import FileUpsampler
-from radio.targets.view_modes import VIEW_MODES, Shown, ViewMode
+from radio.targets.view_modes import VIEW_MODES, Shown, Sight, ViewMode
 from teachers import Teacher, TeacherOutput, build_teacher
 
 
@@ -75,7 +75,8 @@ class Request:
 class CodedTarget:
     """A Target as it travels: plain arrays, the keys used, damaged pictures, seconds busy.
 
-    `offsets` are those of the teacher's views in their crops (`radio.data.views.Views`).
+    `offsets` are those of the teacher's views in their crops (`radio.data.views.Views`); `waited`
+    are the seconds that the student stood still for this target.
     """
 
     summary: np.ndarray | None
@@ -85,6 +86,47 @@ class CodedTarget:
     damaged: Mapping[str, str]
     seconds: float
     offsets: tuple[tuple[int, int], ...] | None = None
+    waited: float = 0.0
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the arrays, as they travel."""
+        summary = 0 if self.summary is None else self.summary.nbytes
+        return summary + self.features.nbytes + self.valid.nbytes
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How somebody sees a partition's views: (height, width) in px, and which part of each crop."""
+
+    size: tuple[int, int]
+    framing: Framing
+
+    @classmethod
+    def of(
+        cls, partition: PartitionSpec, patch_size: int, reader: str, size: tuple[int, int]
+    ) -> Reading:
+        """Return how `reader` sees them; without a margin all see the same part."""
+        framing = Framing.of(partition, patch_size, reader if partition.margin else WHOLE.reader)
+        return cls(size, framing)
+
+    def read(self, reader: ViewReader, partition: PartitionSpec) -> Views:
+        """Read the views."""
+        return reader.batch(partition.views, self.size, self.framing)
+
+
+def reading_of(config: Config, name: str, partition: PartitionSpec) -> Reading:
+    """Return how a run's teacher sees a partition, from its card alone."""
+    teacher, patch = config.teachers[name], config.student.patch_size
+    sight = Sight(teacher.card, partition, grid_of(partition, patch, teacher.upsample))
+    return Reading.of(partition, patch, name, VIEW_MODES[partition.modes[name]].size(sight))
+
+
+def grid_of(partition: PartitionSpec, patch_size: int, upsample: int) -> Grid:
+    """Return (rows, columns) of what the student predicts of a partition for one teacher."""
+    height, width = partition.pixels
+    side = patch_size // upsample
+    return height // side, width // side
 
 
 class TargetMaker:
@@ -146,23 +188,23 @@ class TargetMaker:
 
     def shown(self, partition: PartitionSpec) -> Shown:
         """Return what a view mode needs to know of a partition and this teacher."""
-        height, width = partition.pixels
-        side = self.patch_size // self.upsample
-        grid = height // side, width // side
-        return Shown(self.teacher, self._forward, partition, grid, self.upsampler)
+        grid = grid_of(partition, self.patch_size, self.upsample)
+        return Shown(self.teacher, partition, grid, self._forward, self.upsampler)
 
     @torch.inference_mode()
-    def __call__(self, partition: PartitionSpec, request: Request) -> CodedTarget:
-        """Return the coded target of one partition.
+    def __call__(
+        self, partition: PartitionSpec, request: Request, views: Views | None = None
+    ) -> CodedTarget:
+        """Return the coded target of one partition, reading its `views` where none are given.
 
         Raises:
             RadioError: the teacher returned NaN or infinity, or its standardizer does not fit.
         """
         started = time.perf_counter()
-        reader = self.readers[request.split]
         mode, shown = VIEW_MODES[partition.modes[self.name]], self.shown(partition)
-        framing = Framing.of(partition, self.patch_size, self.name)
-        views = reader.batch(partition.views, mode.size(shown), framing)
+        if views is None:
+            reading = Reading.of(partition, self.patch_size, self.name, mode.size(shown))
+            views = reading.read(self.readers[request.split], partition)
         output = self._run(mode, partition, self._normalise(views.pixels))
         self._refuse_nan(output, views.keys)
         features = self._standardize(output.features.float(), request)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -18,25 +19,36 @@ from torch import Tensor
 from radio.data.mosaic import Mosaic
 from radio.data.plan import PartitionSpec
 from radio.targets.grid import Grid, larger
-from teachers import Teacher, TeacherOutput
+from teachers import TeacherOutput
 
 Pixels = Float[Tensor, "b 3 height width"]
 Forward = Callable[[Pixels], TeacherOutput]
 Upsampler = Callable[[Tensor, Tensor], Tensor]
 
 
+@runtime_checkable
+class Sized(Protocol):
+    """What decides a view's size: a teacher, or its card where the teacher itself is elsewhere."""
+
+    @property
+    def stride(self) -> int:
+        """Pixels of a position's side."""
+
+    @property
+    def native_size(self) -> int:
+        """Pixels of the teacher's own square."""
+
+
 @dataclass(frozen=True)
-class Shown:
-    """What a mode works on: a teacher, its batched forward, a partition, the student's grid.
+class Sight:
+    """A teacher in front of a partition.
 
     `grid` is (rows, columns) of what the student's adaptor for this teacher predicts.
     """
 
-    teacher: Teacher
-    forward: Forward
+    teacher: Sized
     partition: PartitionSpec
     grid: Grid
-    upsampler: Upsampler | None = None
 
     @property
     def tiles(self) -> int:
@@ -45,35 +57,43 @@ class Shown:
 
 
 @dataclass(frozen=True)
+class Shown(Sight):
+    """A sight that is run: with the teacher's batched forward, and an upsampler's file if any."""
+
+    forward: Forward
+    upsampler: Upsampler | None = None
+
+
+@dataclass(frozen=True)
 class ViewMode:
     """`size` (height, width) at which views are read, `run` from normalised views to features."""
 
-    size: Callable[[Shown], tuple[int, int]]
+    size: Callable[[Sight], tuple[int, int]]
     run: Callable[[Shown, Pixels], TeacherOutput]
 
 
-def _native(shown: Shown) -> tuple[int, int]:
+def _native(sight: Sight) -> tuple[int, int]:
     """The teacher's own square.
 
     Recipe: teacher at its own size; AM-RADIO (2312.06709); stages[].partitions.*.views.*=native;
     tests/test_recipe.py::test_native_and_match_read_views_at_the_promised_size.
     """
-    return shown.teacher.native_size, shown.teacher.native_size
+    return sight.teacher.native_size, sight.teacher.native_size
 
 
-def _match(shown: Shown) -> tuple[int, int]:
+def _match(sight: Sight) -> tuple[int, int]:
     """As many of the teacher's strides as the student has positions.
 
     Recipe: teacher at the size whose grid is the student's; RADIOv2.5 (2412.07679);
     stages[].partitions.*.views.*=match;
     tests/test_recipe.py::test_native_and_match_read_views_at_the_promised_size.
     """
-    (rows, columns), stride = shown.grid, shown.teacher.stride
+    (rows, columns), stride = sight.grid, sight.teacher.stride
     return rows * stride, columns * stride
 
 
-def _tiles(shown: Shown) -> tuple[int, int]:
-    side = shown.tiles * shown.teacher.native_size
+def _tiles(sight: Sight) -> tuple[int, int]:
+    side = sight.tiles * sight.teacher.native_size
     return side, side
 
 

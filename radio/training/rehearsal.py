@@ -22,7 +22,7 @@ from radio.data.configured import training_plan
 from radio.data.shards import ImageSource
 from radio.errors import RadioError
 from radio.progress import ProgressDisplay
-from radio.targets.stream import assemble, open_sources, student_views
+from radio.targets.stream import assemble, open_sources, read_by, student_views
 from radio.targets.target_maker import (
     Request,
     build_readers,
@@ -124,7 +124,7 @@ def _rehearse_student(
     learner.dispersions.update(
         {who: each.dispersion for who, each in heard.items() if each.dispersion is not None}
     )
-    views = student_views(spec, build_readers(config, sources)["train"], config)
+    views = student_views(spec, read_by(build_readers(config, sources)["train"]), config)
     batch = assemble(spec, views, coded, request, 0.0)
     student.train()
     started = time.perf_counter()
