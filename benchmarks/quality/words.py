@@ -51,8 +51,6 @@ What was tried for the lines that do not hold, and how far it came:
   canvases with 8 of each, Muon in the decoder too, superpixels asked for by boxes alone and more
   of COCO's things (81 CPU minutes; 0.50 and 0.62 over the last 50 steps). That ships: its lines
   are the best there is a record of.
-- **The control, COCO segmentation.** Nothing was tried. Val has 34 pictures, so both intervals are
-  wide and overlap; that of the paired difference lies above 0.
 - **Mode switch, COCO: siglip's max e.** Nothing was tried; two changes of what the task shows
   concern SAM alone. On Flickr8k's 300 pictures the same line holds.
 """
