@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from radio.errors import RadioError
-from radio.schema import Config, PartitionConfig, TeacherConfig, teachers_of
+from radio.schema import Config, PartitionConfig, PoolConfig, TeacherConfig, teachers_of
 
 STREAMS = ("local", "ray")
 PRECISIONS = ("float32", "bf16")
+STRATEGIES = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
 VIEW_MODES = ("native", "match", "mosaic", "padded", "tiled", "sharpened")
 NEEDS = {"tiled": "native", "sharpened": "native", "padded": "mosaic"}  # of a teacher's own modes
 PLACEMENTS = ("together", "by_rank")
@@ -26,6 +27,7 @@ def check(config: Config) -> None:
     _check_parallel(config)
     _check_students(config)
     _check_cache(config)
+    _check_cluster(config)
     if not config.teachers:
         raise RadioError(
             "no teachers: choose an experiment (experiment=demo) or add one, "
@@ -52,6 +54,9 @@ def check(config: Config) -> None:
 
 def _check_teacher(config: Config, name: str, teacher: TeacherConfig) -> None:
     patch, where = config.student.patch_size, f"teachers.{name}"
+    _one_of(f"{where}.precision", teacher.precision, PRECISIONS)
+    if teacher.micro_batch is not None and teacher.micro_batch < 1:
+        raise RadioError(f"{where}.micro_batch is {teacher.micro_batch}; it must be at least 1")
     if teacher.upsample < 1 or patch % teacher.upsample:
         raise RadioError(
             f"{where}.upsample is {teacher.upsample}; it must divide student.patch_size, {patch}"
@@ -132,6 +137,45 @@ def _check_cache(config: Config) -> None:
             f"cache={config.cache} keeps targets to find them again, but with data.repeat_epochs=0 "
             "no view comes back; set data.repeat_epochs=1 or more, or cache=null"
         )
+
+
+def _check_cluster(config: Config) -> None:
+    cluster = config.cluster
+    least = {
+        "replicas": (cluster.replicas, 1),
+        "window": (cluster.window, 1),
+        "feeders": (cluster.feeders, 0),
+        "cpus": (cluster.cpus, 1),
+        "object_store_mb": (cluster.object_store_mb, 80),  # Ray takes no smaller one
+    }
+    for key, (value, lowest) in least.items():
+        if value < lowest:
+            raise RadioError(f"cluster.{key} is {value}; it must be at least {lowest}")
+    for key in ("call_timeout_seconds", "give_up_seconds"):
+        if not getattr(cluster, key) > 0:
+            raise RadioError(f"cluster.{key} is {getattr(cluster, key)}; it must be above 0")
+    if cluster.hedge is not None and cluster.hedge < 1:
+        raise RadioError(
+            f"cluster.hedge is {cluster.hedge}: a teacher would be asked twice before its usual "
+            "time is over; give 1 or more, or null to ask never"
+        )
+    unknown = sorted(set(cluster.pools) - set(config.teachers))
+    if unknown:
+        known = ", ".join(sorted(config.teachers))
+        raise RadioError(f"cluster.pools names no teacher of this run: {unknown}; known: {known}")
+    for name, pool in cluster.pools.items():
+        _check_pool(f"cluster.pools.{name}", pool)
+
+
+def _check_pool(where: str, pool: PoolConfig) -> None:
+    if pool.replicas is not None and pool.replicas < 1:
+        raise RadioError(f"{where}.replicas is {pool.replicas}; it must be at least 1")
+    if min(pool.cpus, pool.gpus or 0, pool.memory_mb or 0) < 0:
+        raise RadioError(f"{where}: cpus, gpus and memory_mb cannot be negative")
+    if pool.gpus is not None and pool.gpus > 1 and pool.gpus != int(pool.gpus):
+        raise RadioError(f"{where}.gpus is {pool.gpus}; give a share of one, or whole ones")
+    if pool.strategy is not None:
+        _one_of(f"{where}.strategy", pool.strategy, STRATEGIES)
 
 
 def _check_students(config: Config) -> None:

@@ -17,13 +17,39 @@ class ThreadsConfig:
 
 
 @dataclasses.dataclass
+class PoolConfig:
+    """Where the replicas of one teacher live.
+
+    A replica reserves `cpus`, `gpus` (shares too; null: 1 on CUDA, else 0) and `memory_mb` of a
+    node that has all of `labels` (`ray start --labels`); with a `strategy` the replicas get a
+    placement group of their own (PACK, SPREAD, STRICT_PACK, STRICT_SPREAD).
+    """
+
+    replicas: int | None = None  # null: cluster.replicas
+    cpus: float = 1.0
+    gpus: float | None = None
+    memory_mb: int | None = None
+    labels: dict[str, str] = dataclasses.field(default_factory=dict)
+    strategy: str | None = None
+
+
+@dataclasses.dataclass
 class ClusterConfig:
-    """Which Ray cluster: null is RAY_ADDRESS or else local, a new one of `cpus` logical CPUs."""
+    """Which Ray cluster: null is RAY_ADDRESS or else local, a new one of `cpus` logical CPUs.
+
+    At most `window` steps are in flight, fewer where their bytes would not fit the object store.
+    A teacher that takes more than `hedge` times its usual seconds is asked a second time, where
+    another replica is free (null: never).
+    """
 
     address: str | None = None
     cpus: int = 8
     object_store_mb: int = 1024
     replicas: int = 1
+    pools: dict[str, PoolConfig] = dataclasses.field(default_factory=dict)  # by teacher
+    feeders: int = 0  # processes that decode pictures once for all; 0: each reads for itself
+    window: int = 2
+    hedge: float | None = 3.0
     call_timeout_seconds: float = 300.0
     give_up_seconds: float = 900.0
 
@@ -93,6 +119,8 @@ class TeacherConfig:
     upsample: int = 1  # the adaptor predicts a grid this many times finer than the patches
     upsampler: str | None = None  # exported program (.pt2) of view mode sharpened; else bicubic
     compile: bool = False
+    precision: str = "float32"  # of its forward: float32, bf16
+    micro_batch: int | None = None  # pictures (or canvases) per forward; null: data.micro_batch
     card: TeacherCard = dataclasses.field(default_factory=TeacherCard)
 
 

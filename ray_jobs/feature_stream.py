@@ -7,51 +7,44 @@ in order, each exactly once.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any
 
 import ray
 import torch
-from ray.exceptions import (
-    GetTimeoutError,
-    NodeDiedError,
-    ObjectLostError,
-    RayActorError,
-    WorkerCrashedError,
-)
 
-from radio.config import Config
-from radio.data.plan import StepSpec
+from radio.config import Config, teachers_of
+from radio.data.plan import PartitionSpec, StepSpec
 from radio.data.shards import ImageSource
-from radio.errors import RadioError
-from radio.targets.stream import Coded, StepBatch, batches, open_sources, read_by
-from radio.targets.target_maker import CodedTarget, Request, TeacherFacts, build_readers
-from ray_jobs.teacher_pool import TeacherPool, get, wait_until_ready
+from radio.data.views import Views
+from radio.targets.stream import Coded, StepBatch, batches, open_sources, student_readings
+from radio.targets.target_maker import (
+    CodedTarget,
+    Reading,
+    Request,
+    TeacherFacts,
+    build_readers,
+    reading_of,
+)
+from ray_jobs.gauges import Gauges
+from ray_jobs.pool import LOST, Ask, Send, rest
+from ray_jobs.pools import Pools
+from ray_jobs.window import Window
 
-log = logging.getLogger("ray_jobs")
-LOST = (RayActorError, ObjectLostError, WorkerCrashedError, GetTimeoutError, NodeDiedError)
-WINDOW = 2  # measured: two steps in flight overlap fully, four add nothing
+STUDENT_SECONDS = 5.0  # that the student waits for fed views before it reads them itself
 
 
 @dataclass
-class Call:
-    """One teacher's outstanding work for one step."""
-
-    ref: Any
-    attempt: int = 0
-
-
-@dataclass(frozen=True)
 class Asked:
-    """A step in flight: what was asked, and each teacher's call."""
+    """A step in flight: what was asked, each teacher's work, and views by (partition, reading)."""
 
     spec: StepSpec
-    calls: dict[str, Call]
+    work: dict[str, Ask] = field(default_factory=dict)
+    fed: dict[tuple[int, Reading], Any] = field(default_factory=dict)
 
 
 class RayStream:
@@ -60,113 +53,179 @@ class RayStream:
     Args:
         config: the run.
         sources: its pictures, where the caller has opened them already.
+        pools: the workers, where the caller has started them, and ends them.
     """
 
-    def __init__(self, config: Config, sources: Mapping[str, ImageSource] | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        sources: Mapping[str, ImageSource] | None = None,
+        pools: Pools | None = None,
+    ) -> None:
         self.config = config
         self._sources = open_sources(config) if sources is None else sources
         self._readers = build_readers(config, self._sources)
         torch.set_num_threads(config.threads.student)
-        self.pools = {name: TeacherPool(config, name, self._sources) for name in config.teachers}
-        self.retries = 0
-        try:
-            self._facts = wait_until_ready(self.pools, config.cluster.give_up_seconds)
-        except BaseException:
-            self.close()
-            raise
+        self._workers = pools or Pools.start(config, self._sources)
+        self._owned = pools is None
+        self.feeders, self.pools = self._workers.connect(config)
+        self._awake = set(self.pools)
+        self._views: dict[tuple[int, Reading], Any] = {}  # of the step that is handed out
+        self.gauges = Gauges(self.pools)
 
     @property
     def teachers(self) -> Mapping[str, TeacherFacts]:
         """Each teacher's dims and fingerprint."""
-        return self._facts
+        return self._workers.facts
 
     @property
     def sources(self) -> Mapping[str, ImageSource]:
         """The pictures of each split."""
         return self._sources
 
+    @property
+    def retries(self) -> int:
+        """How often work was asked for again because it was lost."""
+        return sum(pool.retries for pool in self.pools.values())
+
     def read(
         self, specs: Iterable[StepSpec], request: Request, incarnation: int = 0
     ) -> Iterator[StepBatch]:
         """Yield the specs' batches in order."""
         coded = self.encode(specs, request, incarnation)
-        return batches(coded, read_by(self._readers[request.split]), request, self.config)
+
+        def read(spec: StepSpec, number: int, reading: Reading) -> Views:
+            return self._fed(number, reading) or reading.read(
+                self._readers[request.split], spec.partitions[number]
+            )
+
+        return batches(coded, read, request, self.config)
 
     def encode(
         self, specs: Iterable[StepSpec], request: Request, incarnation: int = 0
     ) -> Iterator[tuple[StepSpec, Coded]]:
-        """Yield each spec in order with its targets, with at most WINDOW steps in flight."""
+        """Yield each spec in order with its targets, a window of steps in flight.
+
+        Raises:
+            RadioError: a teacher's mistake, nobody answers, or a step that the store cannot hold.
+        """
         waiting = iter(specs)
         in_flight: deque[Asked] = deque()
-        self._fill(in_flight, waiting, request, incarnation)
+        window = Window(self.config.cluster)
+        self._fill(in_flight, window, waiting, request, incarnation)
         while in_flight:
-            asked = in_flight[0]
-            answers = {
-                name: self._take(asked.spec, name, call, request, incarnation)
-                for name, call in asked.calls.items()
-            }
+            asked, answers = in_flight[0], self._answers(in_flight)
+            window.saw(answers, asked.spec.step)
             in_flight.popleft()
-            self._fill(in_flight, waiting, request, incarnation)  # before the student computes
+            self._fill(in_flight, window, waiting, request, incarnation)  # before the student works
             coded = [
                 {name: answers[name][number] for name in partition.modes}
                 for number, partition in enumerate(asked.spec.partitions)
             ]
+            self._views = asked.fed
             yield asked.spec, coded
 
     def _fill(
         self,
         in_flight: deque[Asked],
+        window: Window,
         waiting: Iterator[StepSpec],
         request: Request,
         incarnation: int,
     ) -> None:
-        while len(in_flight) < WINDOW and (spec := next(waiting, None)) is not None:
-            names = {name for partition in spec.partitions for name in partition.modes}
-            calls = {
-                name: Call(self._submit(spec, name, 0, request, incarnation))
-                for name in self.pools
-                if name in names
-            }
-            in_flight.append(Asked(spec, calls))
+        while len(in_flight) < window.steps and (spec := next(waiting, None)) is not None:
+            if request.split == "train":
+                self._let_sleep(spec)
+            in_flight.append(self._ask(spec, request, incarnation))
 
-    def _submit(
-        self, spec: StepSpec, name: str, attempt: int, request: Request, incarnation: int
-    ) -> Any:
-        replica = self.pools[name].owner(spec.step, attempt)
-        return replica.encode.remote(spec.partitions, request, incarnation)
+    def _ask(self, spec: StepSpec, request: Request, incarnation: int) -> Asked:
+        """Send a step's pictures to a feeder, where there is one, and its work to the teachers."""
+        asked = Asked(spec, fed=self._feed(spec, request))
+        names = {name for partition in spec.partitions for name in partition.modes}
+        for name, pool in self.pools.items():
+            if name not in names:
+                continue
+            fed = [
+                asked.fed.get((number, reading_of(self.config, name, partition)))
+                if name in partition.modes
+                else None
+                for number, partition in enumerate(spec.partitions)
+            ]
+            asked.work[name] = pool.ask(
+                _encoding(spec, request, incarnation, fed), f"step {spec.step}"
+            )
+        self._awake |= names
+        return asked
 
-    def _take(
-        self, spec: StepSpec, name: str, call: Call, request: Request, incarnation: int
-    ) -> list[CodedTarget]:
-        """Return one teacher's answer, asking again for as long as it was only lost."""
-        started = time.monotonic()
-        while True:
-            try:
-                return list(get(call.ref, self.config.cluster.call_timeout_seconds))
-            except LOST as error:
-                if time.monotonic() - started > self.config.cluster.give_up_seconds:
-                    raise RadioError(
-                        f"teacher '{name}' did not answer step {spec.step} after "
-                        f"{call.attempt + 1} tries ({type(error).__name__}); see the Ray logs, or "
-                        "raise cluster.call_timeout_seconds"
-                    ) from error
-                if isinstance(error, GetTimeoutError):  # hung: only a new process helps
-                    ray.kill(self.pools[name].owner(spec.step, call.attempt), no_restart=False)
-                call.attempt += 1
-                self.retries += 1
-                log.warning(
-                    "teacher '%s' was lost in step %d (%s); asking again",
-                    name,
-                    spec.step,
-                    type(error).__name__,
-                )
-                time.sleep(min(1.0, 0.05 * 2**call.attempt))
-                call.ref = self._submit(spec, name, call.attempt, request, incarnation)
+    def _feed(self, spec: StepSpec, request: Request) -> dict[tuple[int, Reading], Any]:
+        """Return references to a step's views in every way that somebody wants them."""
+        if self.feeders is None:
+            return {}
+        fed: dict[tuple[int, Reading], Any] = {}
+        for number, partition in enumerate(spec.partitions):
+            wanted = dict.fromkeys(student_readings(partition, self.config))
+            wanted |= dict.fromkeys(
+                reading_of(self.config, name, partition) for name in partition.modes
+            )
+            readings = tuple(wanted)
+
+            def send(
+                feeder: Any, first: bool, readings: Any = readings, part: Any = partition
+            ) -> Any:
+                method = feeder.feed.options(num_returns=len(readings))
+                return method.remote(part, request.split, readings)
+
+            refs = self.feeders.send(send)
+            fed |= {(number, reading): ref for reading, ref in zip(readings, refs, strict=True)}
+        return fed
+
+    def _fed(self, number: int, reading: Reading) -> Views | None:
+        """Return fed views for the student; None where there are none, or they were lost."""
+        ref = self._views.get((number, reading))
+        if ref is None:
+            return None
+        try:
+            views: Views = ray.get(ref, timeout=STUDENT_SECONDS).views()
+        except (*LOST, ray.exceptions.GetTimeoutError, ray.exceptions.RayTaskError):
+            return None  # what is wrong with the pictures is said by reading them here
+        return views
+
+    def _answers(self, in_flight: Sequence[Asked]) -> dict[str, dict[int, CodedTarget]]:
+        """Wait for the first step's teachers, and mend what is lost of those behind it."""
+        work, waited, clock = in_flight[0].work, dict[str, float](), time.perf_counter()
+        while len(waited) < len(work):
+            for name, pool in self.pools.items():
+                pool.watch()
+                for asked in in_flight:
+                    if name in asked.work:
+                        pool.poll(asked.work[name], asked.work is work)
+            for name, ask in work.items():
+                if ask.answered and name not in waited:  # since the one before it
+                    now = time.perf_counter()
+                    waited[name], clock = now - clock, now
+            rest([(self.pools[name], ask) for name, ask in work.items() if not ask.answered])
+        return {name: self._told(name, work[name].value, waited[name]) for name in work}
+
+    def _told(
+        self, name: str, targets: dict[int, CodedTarget], waited: float
+    ) -> dict[int, CodedTarget]:
+        """Return a teacher's targets of a step, the first with what the student waited for them."""
+        self.pools[name].took(sum(target.seconds for target in targets.values()))
+        self.gauges.note(name, self.pools[name], list(targets.values()), waited)
+        first = min(targets)
+        return targets | {first: replace(targets[first], waited=waited)}
+
+    def _let_sleep(self, spec: StepSpec) -> None:
+        """Let the teachers sleep that a step's stage does not use; a call wakes them."""
+        used = teachers_of(self.config.stages[spec.stage])
+        for name in sorted(self._awake - used):
+            self.pools[name].tell("sleep")
+        self._awake &= used
 
     def close(self) -> None:
-        """End the teachers' actors."""
-        for pool in self.pools.values():
-            pool.close()
+        """End the workers, where this stream started them."""
+        if self._owned:
+            self._workers.close()
 
     def __enter__(self) -> RayStream:
         return self
@@ -178,3 +237,24 @@ class RayStream:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _encoding(spec: StepSpec, request: Request, incarnation: int, fed: list[Any]) -> Send:
+    """Return how a step is sent to a teacher, with references to its views where there are any."""
+
+    def send(replica: Any, first: bool) -> Any:
+        # What was lost once is read anew: its views may have been what was lost.
+        given = fed if first and any(each is not None for each in fed) else ()
+        return replica.encode.remote(spec.partitions, request, incarnation, *given)
+
+    return send
+
+
+def _feeding(partition: PartitionSpec, split: str, readings: tuple[Reading, ...]) -> Send:
+    """Return how a partition is sent to a feeder, for a reference to each reading."""
+
+    def send(feeder: Any, first: bool) -> Any:
+        refs = feeder.feed.options(num_returns=len(readings)).remote(partition, split, readings)
+        return [refs] if len(readings) == 1 else refs
+
+    return send

@@ -51,7 +51,7 @@ class Murderer(RayStream):
         for batch in super().read(specs, request, incarnation):
             yield batch
             if request.codec != "float32" and batch.step == self.at:
-                pid = ray.get(self.pools[self.victim].replicas[0].pid.remote())
+                pid = ray.get(self.pools[self.victim].replicas[0].handle.pid.remote())
                 os.kill(pid, signal.SIGKILL)
 
 
@@ -128,9 +128,9 @@ def test_a_mistake_in_a_teacher_arrives_as_itself(running: None, tmp_path: Path)
 
 
 def test_an_older_students_call_is_refused(stream: RayStream) -> None:
-    replica = stream.pools["words"].replicas[0]
+    replica = stream.pools["words"].replicas[0].handle
     request = Request("train", "bf16", {})
-    assert ray.get(replica.encode.remote((), request, 2)) == []
+    assert ray.get(replica.encode.remote((), request, 2)) == {}
     with pytest.raises(Exception, match=r"incarnation 2.*incarnation 1 came late"):
         ray.get(replica.encode.remote((), request, 1))
 

@@ -118,21 +118,22 @@ def _dispersion(summaries: list[Tensor]) -> float | None:
 
 def _identity(config: Config, stream: Stream, name: str, stage: int) -> dict[str, str]:
     """Return what a fit depends on, as the file's metadata."""
+    teacher = config.teachers[name]
     plan = {
         "seed": config.seed,
         "steps": config.fit.steps,
         "crop_scale": config.data.crop_scale,
-        "micro_batch": config.data.micro_batch,
+        "micro_batch": teacher.micro_batch or config.data.micro_batch,
         "repeat_epochs": config.data.repeat_epochs,
         "patch_size": config.student.patch_size,
         "micro_shard": config.parallel.micro_shard,
         "shift_margin": config.data.shift_margin,
-        "teacher": [config.teachers[name].upsample, config.teachers[name].upsampler],
+        "teacher": [teacher.upsample, teacher.upsampler, teacher.precision],
         "grid": config.losses.grid,
         "partitions": asdict(config.stages[stage])["partitions"],
     }
     return {
-        "kind": config.teachers[name].standardizer,
+        "kind": teacher.standardizer,
         "teacher": stream.teachers[name].fingerprint,
         "data": stream.sources["train"].fingerprint,
         "plan": hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest(),

@@ -145,6 +145,7 @@ class TargetMaker:
         upsample: positions along a side that the student predicts for one of its patches.
         upsampler: what view mode `sharpened` calls with features and normalised views.
         compiled: whether torch.compile makes a kernel for every size that the teacher is shown.
+        precision: of the forward, float32 or bf16 (autocast, which leaves norms in float32).
     """
 
     def __init__(
@@ -160,6 +161,7 @@ class TargetMaker:
         upsample: int = 1,
         upsampler: FileUpsampler | None = None,
         compiled: bool = False,
+        precision: str = "float32",
     ) -> None:
         self.name = name
         self.kind = kind
@@ -171,6 +173,7 @@ class TargetMaker:
         self.grid = grid
         self.upsample = upsample
         self.upsampler = upsampler
+        self.precision = precision
         if compiled:
             self.teacher.compile(dynamic=False)
         self._standardizers: dict[str, Standardizer] = {}
@@ -231,7 +234,9 @@ class TargetMaker:
         return (pixels.to(self.device).float() / 255 - self._mean) / self._std
 
     def _forward(self, pixels: Float[Tensor, "b 3 h w"]) -> TeacherOutput:
-        return joined([self.teacher(part) for part in pixels.split(self.micro_batch)])
+        half = self.precision == "bf16"
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half):
+            return joined([self.teacher(part) for part in pixels.split(self.micro_batch)])
 
     def _refuse_nan(self, output: TeacherOutput, keys: tuple[str, ...]) -> None:
         named = {"features": output.features, "summary": output.summary}
@@ -310,12 +315,13 @@ def maker_of(
         teacher,
         readers,
         config.student.patch_size,
-        config.data.micro_batch,
+        wanted.micro_batch or config.data.micro_batch,
         device,
         config.losses.grid,
         wanted.upsample,
         None if wanted.upsampler is None else FileUpsampler(wanted.upsampler, device),
         wanted.compile,
+        wanted.precision,
     )
 
 

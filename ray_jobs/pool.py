@@ -1,0 +1,301 @@
+"""A pool of replicas that serve the same pure calls: dispatch, second asks, recovery.
+
+A call's answer depends on its arguments alone, so any replica may give it, twice if need be. Work
+goes to the replica that has least of it; one that died or hangs gets none until it is back.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.exceptions import (
+    NodeDiedError,
+    ObjectLostError,
+    RayActorError,
+    RayTaskError,
+    WorkerCrashedError,
+)
+
+from radio.errors import RadioError
+
+log = logging.getLogger("ray_jobs")
+Send = Callable[[Any, bool], Any]  # (a replica's handle, whether it is the first try) -> reference
+LOST = (RayActorError, ObjectLostError, WorkerCrashedError, NodeDiedError)
+MOST_DEATHS = 3  # of a replica, one after the other, without an answer in between
+USUAL_OF = 9  # passes whose median is the usual time
+LEAST_HEDGE_SECONDS = 0.5  # a shorter delay is noise
+LOOK_SECONDS = 0.25  # between two looks at who hangs
+PAUSE_SECONDS = 0.05  # between two looks at replicas that are down
+
+
+@dataclass
+class Replica:
+    """A process and its calls without an answer yet, by when they were sent.
+
+    `coming_back` is what it will say first after it fell, asked when it was `knocked`; a replica
+    that falls too often, or for too long, is `retired`.
+    """
+
+    handle: Any
+    calls: dict[Any, float] = field(default_factory=dict)
+    coming_back: Any = None
+    knocked: float = 0.0
+    fell: float = 0.0
+    deaths: int = 0
+    retired: bool = False
+
+    def knock(self) -> None:
+        """Ask whether it is back."""
+        self.coming_back, self.knocked = self.handle.ready.remote(), time.monotonic()
+
+
+@dataclass
+class Ask:
+    """A piece of work: how it is sent, the calls that may answer it, and the answer.
+
+    `what` is what errors call it; `began` is when somebody stood still for it.
+    """
+
+    send: Send
+    what: str
+    calls: dict[Any, Replica] = field(default_factory=dict)
+    tries: int = 0
+    hedged: bool = False
+    began: float | None = None
+    answered: bool = False
+    value: Any = None
+
+
+class Pool:
+    """Replicas of one kind of worker; each has a method `ready`.
+
+    Args:
+        name: what errors and logs call it.
+        handles: the replicas' handles.
+        call_timeout: seconds after which a replica counts as hung and is started anew.
+        give_up: seconds after which work that nobody answers is an error, and a replica that does
+            not come back is given up.
+        hedge: how many times the usual seconds an answer may take before it is asked for twice;
+            None: never.
+        expected: what `ready` of a replica that comes back must say; anything if None.
+        upstream: the pool that answers what this one's calls wait for.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        handles: Sequence[Any],
+        call_timeout: float,
+        give_up: float,
+        hedge: float | None = None,
+        expected: Any = None,
+        upstream: Pool | None = None,
+    ) -> None:
+        self.name = name
+        self.replicas = [Replica(handle) for handle in handles]
+        self.call_timeout, self.give_up, self.hedge = call_timeout, give_up, hedge
+        self.expected, self.upstream = expected, upstream
+        self.retries = self.hedges = 0
+        self._usual: deque[float] = deque(maxlen=USUAL_OF)
+
+    @property
+    def in_flight(self) -> int:
+        """Calls that nobody has answered yet."""
+        return sum(len(replica.calls) for replica in self.replicas)
+
+    def ask(self, send: Send, what: str) -> Ask:
+        """Send a piece of work to the replica that has least to do."""
+        ask = Ask(send, what)
+        self._send(ask)
+        return ask
+
+    def send(self, send: Send) -> Sequence[Any]:
+        """Send work whose answers (references, all of one call) go elsewhere; nobody asks again."""
+        self.watch()
+        replica = min(self._up(), key=lambda r: len(r.calls), default=self.replicas[0])
+        refs: Sequence[Any] = send(replica.handle, True)
+        replica.calls[refs[0]] = time.monotonic()
+        return refs
+
+    def tell(self, method: str) -> None:
+        """Call a method without arguments of every replica that is up; nobody waits for it."""
+        for replica in self._up():
+            getattr(replica.handle, method).remote()
+
+    def poll(self, ask: Ask, is_next: bool = True) -> bool:
+        """Return whether a piece of work is answered; what was lost is asked for again.
+
+        Patience, and that for a second replica, begin when the work `is_next`: somebody waits.
+
+        Raises:
+            RadioError: the worker's own mistake, or nobody answers.
+        """
+        if ask.answered:
+            return True
+        if is_next:
+            ask.began = ask.began or time.monotonic()
+            self._check_patience(ask, time.monotonic() - ask.began)
+            self._hedge(ask, time.monotonic() - ask.began)
+        if not ask.calls and not self._send(ask):
+            return False
+        for call in ray.wait(list(ask.calls), timeout=0)[0]:
+            replica = ask.calls.pop(call)
+            try:
+                ask.value = ray.get(call)
+            except (*LOST, RayTaskError) as error:
+                self._lost(ask, replica, error)
+                continue
+            replica.deaths = 0
+            ask.answered = True
+            ask.calls.clear()  # a slower call stays with its replica until it is answered
+        return ask.answered
+
+    def took(self, seconds: float) -> None:
+        """Note how long a pass was by the worker's own clock."""
+        self._usual.append(seconds)
+
+    def watch(self) -> None:
+        """Look who answered, who is back and who hangs, here and upstream."""
+        if self.upstream is not None:
+            self.upstream.watch()
+        for replica in self.replicas:
+            self._look_at_calls(replica)
+            self._look_whether_back(replica)
+
+    def close(self) -> None:
+        """End every replica for good."""
+        for replica in self.replicas:
+            ray.kill(replica.handle)
+
+    def _up(self) -> Iterator[Replica]:
+        return (r for r in self.replicas if r.coming_back is None and not r.retired)
+
+    def _send(self, ask: Ask, replica: Replica | None = None) -> bool:
+        """Send work to a replica, the least loaded of those that are up; False if none is."""
+        replica = replica or min(self._up(), key=lambda each: len(each.calls), default=None)
+        if replica is None:
+            return False
+        call = ask.send(replica.handle, ask.tries == 0)
+        replica.calls[call] = time.monotonic()
+        ask.calls[call] = replica
+        return True
+
+    def _check_patience(self, ask: Ask, waited: float) -> None:
+        retired = sum(each.retired for each in self.replicas)
+        if waited > self.give_up or retired == len(self.replicas):
+            raise RadioError(
+                f"{self.name} did not answer {ask.what} in {waited:.0f} s ({retired} of "
+                f"{len(self.replicas)} replicas are given up); is a node out of memory? See the "
+                "Ray logs, or raise cluster.call_timeout_seconds and cluster.give_up_seconds"
+            )
+
+    def _hedge(self, ask: Ask, waited: float) -> None:
+        """Ask an idle replica too, once, where the answer takes much longer than usual."""
+        if self.hedge is None or ask.hedged or not ask.calls or len(self._usual) < USUAL_OF:
+            return
+        if waited < max(LEAST_HEDGE_SECONDS, self.hedge * statistics.median(self._usual)):
+            return
+        spare = (each for each in self._up() if not each.calls)
+        if (replica := next(spare, None)) is not None:
+            ask.hedged = True
+            self.hedges += 1
+            log.info("%s takes unusually long (%.1f s); another is asked, too", self.name, waited)
+            self._send(ask, replica)
+
+    def _lost(self, ask: Ask, replica: Replica, error: Exception) -> None:
+        """Note that a call was lost; raise what is no loss but a mistake."""
+        cause = error
+        while isinstance(cause, RayTaskError):
+            cause = cause.cause
+        if isinstance(cause, RadioError):
+            raise cause from None
+        if not isinstance(cause, LOST):
+            raise error
+        if cause is error:  # else what it was given was lost, and the replica is well
+            self._fell(replica)
+        ask.tries += 1
+        self.retries += 1
+        lost = type(cause).__name__
+        log.warning("%s was lost in %s (%s); asking again", self.name, ask.what, lost)
+
+    def _fell(self, replica: Replica) -> None:
+        """Give a replica no work until it says that it is ready."""
+        if replica.coming_back is not None or replica.retired:
+            return
+        replica.deaths += 1
+        replica.fell = time.monotonic()
+        replica.calls.clear()
+        if replica.deaths > MOST_DEATHS:
+            self._retire(replica, f"died {replica.deaths} times in a row without an answer")
+        else:
+            replica.knock()
+
+    def _retire(self, replica: Replica, why: str) -> None:
+        replica.retired, replica.coming_back = True, None
+        log.warning("a replica of %s %s; it gets no more work", self.name, why)
+
+    def _look_at_calls(self, replica: Replica) -> None:
+        """Forget the calls that are answered, and start a replica anew that hangs."""
+        if not replica.calls:
+            return
+        calls = list(replica.calls)
+        done, _ = ray.wait(calls, num_returns=len(calls), timeout=0, fetch_local=False)
+        for call in done:
+            del replica.calls[call]
+        now = time.monotonic()
+        if replica.calls and now - min(replica.calls.values()) > self.call_timeout:
+            log.warning("%s hangs for %.0f s; starting it anew", self.name, self.call_timeout)
+            ray.kill(replica.handle, no_restart=False)
+            self._fell(replica)
+
+    def _look_whether_back(self, replica: Replica) -> None:
+        if replica.coming_back is None:
+            return
+        now = time.monotonic()
+        if now - replica.fell > self.give_up:
+            self._retire(replica, f"did not come back in {self.give_up:.0f} s")
+            return
+        if not ray.wait([replica.coming_back], timeout=0)[0]:
+            if now - replica.knocked > self.call_timeout:  # it hangs, in building itself or before
+                ray.kill(replica.handle, no_restart=False)
+                replica.knock()
+            return
+        try:
+            said = ray.get(replica.coming_back)
+        except LOST:  # not yet
+            replica.knock()
+            return
+        except RayTaskError as error:
+            if isinstance(error.cause, RadioError):
+                raise error.cause from None
+            raise
+        if self.expected is not None and said != self.expected:
+            raise RadioError(
+                f"{self.name} has other weights or options on another node; give every node the "
+                "same files"
+            )
+        replica.coming_back = None
+
+
+def rest(work: Sequence[tuple[Pool, Ask]]) -> None:
+    """Wait until something may have happened to work that is not answered yet."""
+    calls = [call for _, ask in work for call in ask.calls]
+    if calls:
+        ray.wait(calls, timeout=LOOK_SECONDS)
+    if not all(ask.calls for _, ask in work):  # its replicas are down: look again soon
+        time.sleep(PAUSE_SECONDS)
+
+
+def answer(pool: Pool, ask: Ask) -> Any:
+    """Return the answer to a single piece of work; raises as `Pool.poll`."""
+    while not pool.poll(ask):
+        rest([(pool, ask)])
+        pool.watch()
+    return ask.value

@@ -1,0 +1,75 @@
+"""All workers of a run: a pool per teacher and the feeders, started once, used by many students."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+from radio.config import Config
+from radio.data.shards import ImageSource
+from radio.targets.target_maker import TeacherFacts
+from ray_jobs.placement import feeders_of, replicas_of, wait_until_ready
+from ray_jobs.pool import Pool
+
+FEEDERS = "feeders"
+
+
+@dataclass
+class Pools:
+    """Handles of started workers, which may be sent to other processes, and teachers' facts."""
+
+    replicas: dict[str, list[Any]]
+    feeders: list[Any]
+    facts: dict[str, TeacherFacts] = field(default_factory=dict)
+    groups: list[PlacementGroup] = field(default_factory=list)
+
+    @classmethod
+    def start(cls, config: Config, sources: Mapping[str, ImageSource]) -> Pools:
+        """Start every worker and wait until all are there.
+
+        Raises:
+            RadioError: a teacher cannot be built, or a worker has no place.
+        """
+        pools = cls({}, [])
+        try:
+            for name in config.teachers:
+                pools.replicas[name], group = replicas_of(config, name, sources)
+                if group is not None:
+                    pools.groups.append(group)
+            pools.feeders = feeders_of(config, sources)
+            starting = dict(pools.replicas)
+            if pools.feeders:
+                starting[FEEDERS] = pools.feeders
+            said = wait_until_ready(config, starting)
+            pools.facts = {name: said[name] for name in config.teachers}
+        except BaseException:
+            pools.close()
+            raise
+        return pools
+
+    def connect(self, config: Config) -> tuple[Pool | None, dict[str, Pool]]:
+        """Return this process's own view of the feeders, if any, and of each teacher's pool."""
+        cluster = config.cluster
+        limits = cluster.call_timeout_seconds, cluster.give_up_seconds
+        feeders = None
+        if self.feeders:  # half the time, so that a hung feeder is not taken for a hung teacher
+            feeders = Pool("a feeder", self.feeders, limits[0] / 2, limits[1])
+        pools = {
+            name: Pool(
+                f"teacher '{name}'", handles, *limits, cluster.hedge, self.facts[name], feeders
+            )
+            for name, handles in self.replicas.items()
+        }
+        return feeders, pools
+
+    def close(self) -> None:
+        """End every worker for good."""
+        for handles in (*self.replicas.values(), self.feeders):
+            for handle in handles:
+                ray.kill(handle)
+        for group in self.groups:
+            remove_placement_group(group)

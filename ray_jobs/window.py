@@ -1,0 +1,62 @@
+"""How many steps may be in flight: few enough that their targets fit the object store."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import ray
+
+from radio.config import ClusterConfig
+from radio.errors import RadioError
+from radio.targets.target_maker import CodedTarget
+
+SHARE = 0.6  # of the smallest node's store that a window may take; the rest is views and slack
+
+
+class Window:
+    """Counts bytes: one step until the first one's are known, then as many as fit.
+
+    Args:
+        config: `window` bounds the steps by their number.
+        room: bytes for all steps in flight; SHARE of the smallest node's store if not given.
+    """
+
+    def __init__(self, config: ClusterConfig, room: float | None = None) -> None:
+        self.most = config.window
+        self.room = room_in_store() if room is None else room
+        self._largest = 0
+
+    @property
+    def steps(self) -> int:
+        """Steps that may be in flight now, 1 at least."""
+        if not self._largest:
+            return 1
+        return max(1, min(self.most, int(self.room // self._largest)))
+
+    def saw(self, answers: Mapping[str, Mapping[int, CodedTarget]], step: int) -> None:
+        """Note the bytes of a step's targets.
+
+        Raises:
+            RadioError: not even one step fits.
+        """
+        sizes = {
+            name: sum(target.num_bytes for target in targets.values())
+            for name, targets in answers.items()
+        }
+        self._largest = max(self._largest, sum(sizes.values()))
+        if self._largest > self.room:
+            most = max(sizes, key=lambda name: sizes[name])
+            raise RadioError(
+                f"the targets of step {step} take {self._largest / 1e6:.0f} MB (most of all "
+                f"teacher '{most}', {sizes[most] / 1e6:.0f} MB), but a node's object store has "
+                f"room for {self.room / 1e6:.0f} MB of them; raise cluster.object_store_mb (or "
+                "`ray start --object-store-memory`), set codec=int8, or lower the batch"
+            )
+
+
+def room_in_store() -> float:
+    """Return the bytes that a window may take in the object store of any node."""
+    stores = [
+        node["Resources"].get("object_store_memory", 0.0) for node in ray.nodes() if node["Alive"]
+    ]
+    return SHARE * min((store for store in stores if store), default=0.0)
