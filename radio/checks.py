@@ -108,6 +108,8 @@ def _check_parallel(config: Config) -> None:
                     f"parallel.micro_shard is {size}, which does not divide "
                     f"stages[{number}].partitions.{name}.batch, {partition.batch}"
                 )
+    if parallel.workers is not None:
+        _check_workers(config)
     if kind is None:
         if parallel.placement != "together":
             raise RadioError(
@@ -118,7 +120,7 @@ def _check_parallel(config: Config) -> None:
     _one_of("parallel.kind", kind, PARALLEL_KINDS)
     wanted = {
         "losses.balance=teacher_dropping": config.losses.balance == "teacher_dropping",
-        "stream=ray": config.stream == "ray",
+        "stream=ray without parallel.workers": config.stream == "ray" and parallel.workers is None,
     }
     if kind == "fsdp":
         wanted |= {
@@ -136,6 +138,22 @@ def _check_cache(config: Config) -> None:
         raise RadioError(
             f"cache={config.cache} keeps targets to find them again, but with data.repeat_epochs=0 "
             "no view comes back; set data.repeat_epochs=1 or more, or cache=null"
+        )
+
+
+def _check_workers(config: Config) -> None:
+    parallel = config.parallel
+    assert parallel.workers is not None
+    if parallel.kind is None or config.stream != "ray":
+        raise RadioError(
+            f"parallel.workers={parallel.workers} are processes of Ray Train: set stream=ray and "
+            "parallel.kind=ddp or fsdp, or parallel.workers=null"
+        )
+    least = parallel.min_workers
+    if parallel.workers < 1 or (least is not None and not 1 <= least <= parallel.workers):
+        raise RadioError(
+            f"parallel.workers is {parallel.workers} and parallel.min_workers {least}; expected "
+            "1 <= min_workers <= workers"
         )
 
 

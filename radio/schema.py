@@ -207,7 +207,10 @@ class StageConfig:
 
 @dataclasses.dataclass
 class ParallelConfig:
-    """How the student's processes (of torchrun) share a step; null `kind` is one process.
+    """How the student's processes share a step; null `kind` is one process.
+
+    They are torchrun's, or with stream=ray `workers` of Ray Train, which goes on with no fewer than
+    `min_workers` where the cluster has not room for all (null: it waits for them).
 
     The views of a partition are laid out in micro-shards that a rank takes whole; with placement
     by_rank a rank has those of one partition only.
@@ -216,6 +219,8 @@ class ParallelConfig:
     kind: str | None = None  # ddp, fsdp
     placement: str = "together"
     micro_shard: int | None = None  # views; null: the whole batch is one
+    workers: int | None = None
+    min_workers: int | None = None
 
 
 @dataclasses.dataclass

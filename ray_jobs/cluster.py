@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import atexit
+import importlib
+import json
 import logging
 import os
 import secrets
@@ -12,6 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import ray
@@ -20,6 +23,7 @@ from radio.config import ClusterConfig
 from radio.errors import RadioError
 
 log = logging.getLogger("ray_jobs")
+PACKAGES = ("radio", "teachers", "student", "ray_jobs")
 KNOCK_SECONDS = 10.0
 AUTHENTICATION = "ray._private.authentication"
 
@@ -32,8 +36,10 @@ def cluster(config: ClusterConfig) -> Iterator[None]:
     that, or with `address: local`, it makes one with `cpus` logical CPUs (real threads come from
     `threads`, so that four teachers fit on two cores). Another address joins a running one.
 
+    The nodes of a running cluster are sent our four packages; what those need must be there.
+
     Raises:
-        RadioError: nothing answers at the address.
+        RadioError: nothing answers at the address, or another version of Ray.
     """
     if ray.is_initialized():  # whoever connected this process also disconnects it
         yield
@@ -83,12 +89,35 @@ def _own_token() -> str:
 def _join(address: str, key: str) -> None:
     try:
         _knock(address)
-        ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
+        ray.init(
+            address=address,
+            runtime_env=_packages(),
+            logging_level=logging.WARNING,
+            log_to_driver=False,
+        )
     except (OSError, RuntimeError, ValueError) as error:
+        if "ersion mismatch" in str(error):
+            said = " ".join(str(error).split())
+            raise RadioError(
+                f"the cluster at {key}={address} runs another Ray or Python than this process: "
+                f"{said}; install the cluster's versions here, or start it with these"
+            ) from error
         raise RadioError(
             f"no Ray cluster answers at {key}={address} ({error}); start one with "
             "`ray start --head`, or use cluster.address=local for one of this machine"
         ) from error
+
+
+def _packages() -> dict[str, Any]:
+    """Return a runtime environment that brings our packages to nodes that lack them.
+
+    A job's own environment stands: it has been told which code to bring.
+    """
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env", {})
+    if {"working_dir", "py_modules", "pip", "uv", "conda", "image_uri"} & job.keys():
+        return {}
+    modules = [importlib.import_module(name) for name in PACKAGES]
+    return {"py_modules": [str(Path(str(module.__file__)).parent) for module in modules]}
 
 
 def _knock(address: str) -> None:

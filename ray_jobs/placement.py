@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -43,13 +44,13 @@ def replicas_of(
         options["label_selector"] = wanted.labels
     start = _starter(TeacherActor, options)
     count = wanted.replicas or config.cluster.replicas
-    return [start(config, name, sources) for _ in range(count)], group
+    return [start(config, name, sources, os.getcwd()) for _ in range(count)], group
 
 
 def feeders_of(config: Config, sources: Mapping[str, ImageSource]) -> list[Any]:
     """Start the feeders."""
     start = _starter(Feeder, {"num_cpus": 1, "runtime_env": _threads(1)})
-    return [start(config, sources) for _ in range(config.cluster.feeders)]
+    return [start(config, sources, os.getcwd()) for _ in range(config.cluster.feeders)]
 
 
 def _starter(kind: type, options: Mapping[str, Any]) -> Callable[..., Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -46,11 +47,17 @@ class FedViews:
 
 
 class Worker:
-    """A process of a run that says who it is."""
+    """A process of a run that says who it is.
 
-    def __init__(self, config: Config, sources: Mapping[str, ImageSource]) -> None:
+    `home` is the folder that the run was started in, which relative paths count from; on nodes that
+    do not see it such paths are not found, and said so.
+    """
+
+    def __init__(self, config: Config, sources: Mapping[str, ImageSource], home: str) -> None:
         self.config = config
         self.sources = sources
+        if Path(home).is_dir():
+            os.chdir(home)
 
     def pid(self) -> int:
         """Return the process id."""
@@ -64,8 +71,10 @@ class TeacherActor(Worker):
     configuration then reaches the user as itself, and a restarted replica rebuilds alone.
     """
 
-    def __init__(self, config: Config, name: str, sources: Mapping[str, ImageSource]) -> None:
-        super().__init__(config, sources)
+    def __init__(
+        self, config: Config, name: str, sources: Mapping[str, ImageSource], home: str
+    ) -> None:
+        super().__init__(config, sources, home)
         self.name = name
         self.incarnation = 0
         self._maker: TargetMaker | None = None
@@ -123,8 +132,8 @@ class TeacherActor(Worker):
 class Feeder(Worker):
     """Reads a partition's views at every size that somebody wants, decoding a picture once."""
 
-    def __init__(self, config: Config, sources: Mapping[str, ImageSource]) -> None:
-        super().__init__(config, sources)
+    def __init__(self, config: Config, sources: Mapping[str, ImageSource], home: str) -> None:
+        super().__init__(config, sources, home)
         torch.set_num_threads(1)
         self.readers = build_readers(config, sources)
 

@@ -20,7 +20,7 @@ from radio.targets.stream import LocalStream, Stream, device_of
 from radio.targets.target_maker import TeacherFacts
 from radio.training.parallel import from_leader, gathered, joined
 from radio.training.run_folder import open_run
-from radio.training.stop import StopSignal
+from radio.training.stop import FILE, StopSignal
 from radio.training.student_run import RunResult, StudentRun
 
 log = logging.getLogger("radio.train")
@@ -91,7 +91,7 @@ def _train(runs: list[StudentRun], stream: Stream, ranks: Ranks) -> None:
     for run in runs:
         run.incarnation = incarnation
         run.prepare()
-    with StopSignal() as stop:
+    with StopSignal(runs[0].run.path) as stop:
         for number, stage in enumerate(plan.stages):
             steps = [step for step in plan.steps_of(number) if step >= start]
             if not steps:
@@ -112,5 +112,7 @@ def _stop(runs: list[StudentRun], step: int) -> None:
     for run in runs:
         if step > run.start:
             run.save(step)
+    if runs[0].ranks.leads:
+        (runs[0].run.path / FILE).unlink(missing_ok=True)  # all have seen it
     log.warning("stopped, step %d is saved; the same command resumes there", step)
     raise KeyboardInterrupt

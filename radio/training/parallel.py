@@ -30,9 +30,16 @@ PATIENCE = timedelta(hours=24)  # the others wait while one measures; torchrun e
 def joined(config: ParallelConfig, device: torch.device) -> Iterator[Ranks]:
     """Join torchrun's processes inside the block; alone where `parallel.kind` is null.
 
+    Processes that are connected already, as Ray Train's, stay so afterwards.
+
     Raises:
         RadioError: several processes without a kind, or a kind without torchrun.
     """
+    if dist.is_initialized() and config.kind is not None:
+        if device.type == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        yield Ranks(dist.get_rank(), dist.get_world_size(), config.placement)
+        return
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if config.kind is None:
         if size > 1:

@@ -32,7 +32,10 @@ FREE = (
     "device",
     "parallel.kind",
     "parallel.placement",
+    "parallel.workers",
+    "parallel.min_workers",
 )
+HELD_SECONDS = 60.0  # that a process which was killed may still hold its run's folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +119,7 @@ def open_run(config: Config, leads: bool = True) -> Iterator[RunFolder]:
         raise RadioError(f"cannot make out={path}: {reason}") from error
     lock = FileLock(path / ".lock")
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=0 if config.parallel.workers is None else HELD_SECONDS)
     except Timeout as error:
         raise RadioError(
             f"another process is writing to {path}; wait for it, stop it, or choose another out="

@@ -24,7 +24,12 @@ from radio.targets.fit import fit, read_dispersions, read_fitted
 from radio.targets.standardize import Standardizer
 from radio.targets.stream import StepBatch, Stream, device_of
 from radio.targets.target_maker import Request, StandardizerFile
-from radio.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from radio.training.checkpoint import (
+    find_checkpoint,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+)
 from radio.training.learner import Learner
 from radio.training.metrics import Row, describe, held_out_rows
 from radio.training.parallel import leader_first, merged
@@ -301,7 +306,34 @@ class StudentRun:
 
     def rows_of(self, step: int) -> list[Row]:
         """Return the held-out rows that an earlier start already measured at `step`."""
-        for record in self.run.records():
-            if record["step"] == step and "held_out" in record:
-                return [Row(**row) for row in record["held_out"]]
-        return []
+        return _rows_of(self.run, step)
+
+
+def result_of(config: Config) -> RunResult:
+    """Return the result of a run that other processes have finished, from its folder.
+
+    Raises:
+        RadioError: it has no checkpoint.
+    """
+    run = RunFolder(Path(config.out))
+    checkpoint = find_checkpoint(run.path)
+    done, planned = checkpoint.step, sum(stage.steps for stage in config.stages)
+    names = {
+        name: replace(config, out=str(run.path / "students" / name)) for name in config.students
+    }
+    return RunResult(
+        run.path,
+        done,
+        done == planned,
+        _rows_of(run, 0),
+        _rows_of(run, done),
+        dict(checkpoint.state["damaged"]),
+        {name: result_of(replace(other, students={})) for name, other in names.items()},
+    )
+
+
+def _rows_of(run: RunFolder, step: int) -> list[Row]:
+    for record in run.records():
+        if record["step"] == step and "held_out" in record:
+            return [Row(**row) for row in record["held_out"]]
+    return []
