@@ -105,7 +105,10 @@ def train(overrides: Overrides = None, dry_run: DryRun = False) -> None:
 
 @app.command()
 def fit(overrides: Overrides = None, dry_run: DryRun = False) -> None:
-    """Fit the teachers' standardizers (PHI-S) and write them into `out`/standardizers."""
+    """Fit the teachers' standardizers (PHI-S) and write them into `out`/standardizers.
+
+    With `cache` every target that `radio train` will ask for is made, too, and kept there.
+    """
     from radio.config import load
 
     config = load(overrides or [])
@@ -115,20 +118,49 @@ def fit(overrides: Overrides = None, dry_run: DryRun = False) -> None:
     from radio.progress import ProgressDisplay
 
     with ProgressDisplay() as progress:
-        progress.phase("fitting standardizers")
+        progress.phase("waiting for teachers")
         if config.stream == "ray":
             from ray_jobs.fit import fit_on_ray
 
-            files = fit_on_ray(config, progress.update)
+            files = fit_on_ray(config, progress)
         else:
             from radio.targets.cache import open_stream
-            from radio.targets.fit import fit as fit_here
             from radio.targets.stream import LocalStream
+            from radio.training.fill import fit_and_fill
 
             with contextlib.closing(open_stream(config, lambda: LocalStream(config))) as stream:
-                files = fit_here(config, stream, progress.update)
+                files = fit_and_fill(config, stream, progress)
     for name, file in files.items():
         out.print(f"{name:12} {file.path}")
+
+
+@app.command()
+def status(
+    run: Annotated[Path, typer.Argument(help="The folder of a run, its out=.")],
+    json_file: JsonFile = None,
+) -> None:
+    """Say where a run stands, and who waits for whom."""
+    from radio.training.report import duration
+    from radio.training.status import status as status_of
+
+    found = status_of(run)
+    _write_json(found.as_dict(), json_file)
+    if json_file == "-":
+        return
+    saved = f"step {found.saved} is saved" if found.saved else "nothing is saved yet"
+    left = "" if found.eta_seconds is None else f", {duration(found.eta_seconds)} to go"
+    out.print(f"{found.state}: step {found.step} of {found.planned}{left}; {saved}")
+    if found.seconds_per_step is not None:
+        out.print(f"{found.seconds_per_step:.2f} s a step, {found.images_per_second:.1f} images/s")
+        table = Table(box=None)
+        for column in ("teacher", "own s", "waited for", "MB a step"):
+            table.add_column(column, justify="left" if column == "teacher" else "right")
+        for each in found.teachers:
+            waited = f"{each.wait_share:.0%}"
+            mb = f"{each.num_bytes / 1e6:.2f}"
+            table.add_row(each.name, f"{each.busy_seconds:.2f}", waited, mb)
+        out.print(table)
+    out.print(found.advice, highlight=False, markup=False)
 
 
 @app.command()

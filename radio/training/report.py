@@ -219,11 +219,12 @@ def _speed(steps: Sequence[Record]) -> dict[str, Any] | None:
         "wait_share": statistics.median(r["wait_share"] for r in steps),
         "seconds": statistics.median(r["seconds"] for r in steps),
         "busy": {name: statistics.median(seconds) for name, seconds in busy.items()},
-        "total": _duration(float(total)),
+        "total": duration(float(total)),
     }
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Return seconds as a person says them: 90 s, 12 min, 3 h 05 min."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -275,11 +276,20 @@ def _speed_panels(steps: Sequence[Record], teachers: Sequence[str]) -> list[dict
         name: curve(at, [record["busy_seconds"].get(name) for record in steps]) for name in teachers
     }
     percent = waiting[0], [100 * share for share in waiting[1]]
+    waits = {
+        name: curve(at, [_percent_waited(record, name) for record in steps]) for name in teachers
+    }
     return [
         panel("images per second", {"": rate}, bottom=0.0),
-        panel("% of time waiting for teachers", {"": percent}, bottom=0.0, top=100.0),
+        panel("% of time waiting for teachers", {**waits, "": percent}, bottom=0.0, top=100.0),
         panel("seconds per step", {**busy, "": whole}, bottom=0.0),
     ]
+
+
+def _percent_waited(record: Record, name: str) -> float | None:
+    """Return how much of a step the student waited for a teacher; None where nobody noted it."""
+    waited = record.get("waits", {}).get(name)
+    return None if waited is None else min(100.0, 100 * waited / max(record["seconds"], 1e-9))
 
 
 def _shown(picture: Picture, teachers: Sequence[str]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -197,6 +197,8 @@ class StudentRun:
                 "images_per_second": rate,
                 "wait_share": wait_share,
                 "busy_seconds": dict(batch.busy_seconds),
+                "waits": dict(batch.waits),
+                "bytes": dict(batch.num_bytes),
                 "damaged": len(self.damaged),
             }
         )
@@ -284,9 +286,7 @@ class StudentRun:
         student = self.learner.whole_result()
         if "val" not in self.stream.sources or not self.ranks.leads:
             return []
-        num_views = min(self.config.evaluation.views, len(self.stream.sources["val"]))
-        partitions = self.plan.held_out(num_views, HELD_OUT_BATCH, self.files)
-        specs = [StepSpec(at, 0, 0, (partition,)) for at, partition in enumerate(partitions)]
+        specs = held_out_specs(self.config, self.plan, self.stream, self.files)
         self.progress.phase("held-out fidelity", len(specs))
         request = Request("val", "float32", dict(self.files))
         batches = self.stream.read(specs, request, self.incarnation)
@@ -307,6 +307,17 @@ class StudentRun:
     def rows_of(self, step: int) -> list[Row]:
         """Return the held-out rows that an earlier start already measured at `step`."""
         return _rows_of(self.run, step)
+
+
+def held_out_specs(
+    config: Config, plan: Plan, stream: Stream, teachers: Collection[str]
+) -> list[StepSpec]:
+    """Return what is measured on `data.val`, a partition a step; [] without it."""
+    if "val" not in stream.sources:
+        return []
+    num_views = min(config.evaluation.views, len(stream.sources["val"]))
+    partitions = plan.held_out(num_views, HELD_OUT_BATCH, teachers)
+    return [StepSpec(at, 0, 0, (partition,)) for at, partition in enumerate(partitions)]
 
 
 def result_of(config: Config) -> RunResult:
