@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
+import functools
 import logging
 import os
 import sys
@@ -16,11 +16,21 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.logging import RichHandler
-from rich.table import Table
 
 from radio.errors import RadioError
+from radio.terminal import (
+    check_json,
+    err,
+    out,
+    print_findings,
+    print_plan,
+    print_result,
+    print_status,
+    print_teachers,
+    rehearse_and_print,
+    write_json,
+)
 
 app = typer.Typer(
     name="radio",
@@ -30,15 +40,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-# Of torchrun's processes the leading one speaks; all of them may report an error.
-out = Console(quiet=os.environ.get("RANK", "0") != "0")
-err = Console(stderr=True)
 
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="Hydra overrides, for example experiment=demo optimizer.lr=5e-4"),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print config and plan; run nothing.")]
+RayAddress = Annotated[
+    str | None,
+    typer.Option("--ray", help="Work in processes of a Ray cluster: auto, local, or its address."),
+]
 JsonFile = Annotated[
     str | None, typer.Option("--json", help="Write the result as JSON to this file; - = stdout.")
 ]
@@ -57,11 +68,11 @@ def demo(overrides: Overrides = None, dry_run: DryRun = False) -> None:
 
     config = demo_config(overrides or [])
     if dry_run:
-        _print_plan(config, count=False)
+        print_plan(config, count=False)
         return
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     result = run_demo(config)
-    _print_result(result.run)
+    print_result(result.run)
     out.print(f"report    {result.run.out / 'report.html'}")
     out.print(
         f"encoder   {result.encoder}  ({result.parameters / 1e6:.1f} M parameters, loaded by "
@@ -82,10 +93,10 @@ def train(overrides: Overrides = None, dry_run: DryRun = False) -> None:
 
     config = rehearsal_config(overrides or [])
     if dry_run:
-        _print_plan(config, count=not config.rehearsal)
+        print_plan(config, count=not config.rehearsal)
         return
     if config.rehearsal:
-        _rehearse(config)
+        rehearse_and_print(config)
         return
     if config.stream == "ray":
         from ray_jobs.train import train as train_on_ray
@@ -98,7 +109,7 @@ def train(overrides: Overrides = None, dry_run: DryRun = False) -> None:
     for name, student in {"": result, **result.students}.items():
         if name:
             out.print(f"\nstudent {name}")
-        _print_result(student)
+        print_result(student)
         out.print(f"report    {student.out / 'report.html'}")
         out.print(f"next      radio fuse {student.out} {student.out / 'encoder'}")
 
@@ -113,7 +124,7 @@ def fit(overrides: Overrides = None, dry_run: DryRun = False) -> None:
 
     config = load(overrides or [])
     if dry_run:
-        _print_plan(config)
+        print_plan(config)
         return
     from radio.progress import ProgressDisplay
 
@@ -140,27 +151,13 @@ def status(
     json_file: JsonFile = None,
 ) -> None:
     """Say where a run stands, and who waits for whom."""
-    from radio.training.report import duration
     from radio.training.status import status as status_of
 
     found = status_of(run)
-    _write_json(found.as_dict(), json_file)
+    write_json(found.as_dict(), json_file)
     if json_file == "-":
         return
-    saved = f"step {found.saved} is saved" if found.saved else "nothing is saved yet"
-    left = "" if found.eta_seconds is None else f", {duration(found.eta_seconds)} to go"
-    out.print(f"{found.state}: step {found.step} of {found.planned}{left}; {saved}")
-    if found.seconds_per_step is not None:
-        out.print(f"{found.seconds_per_step:.2f} s a step, {found.images_per_second:.1f} images/s")
-        table = Table(box=None)
-        for column in ("teacher", "own s", "waited for", "MB a step"):
-            table.add_column(column, justify="left" if column == "teacher" else "right")
-        for each in found.teachers:
-            waited = f"{each.wait_share:.0%}"
-            mb = f"{each.num_bytes / 1e6:.2f}"
-            table.add_row(each.name, f"{each.busy_seconds:.2f}", waited, mb)
-        out.print(table)
-    out.print(found.advice, highlight=False, markup=False)
+    print_status(found)
 
 
 @app.command()
@@ -192,18 +189,28 @@ def encode(
     merge_to: Annotated[int | None, typer.Option(help="Merge patch features to this many.")] = None,
     batch: Annotated[int, typer.Option(help="Pictures per forward.")] = 16,
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier extraction.")] = False,
+    ray: RayAddress = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes, with --ray.")] = 2,
     json_file: JsonFile = None,
 ) -> None:
     """Extract features of pictures into parquet."""
     from radio.encoder.encoder import load
-    from radio.encoder.shipped import default
+    from radio.encoder.shipped import DEFAULT, default
     from radio.extraction.encode import encode as encode_sources
     from radio.progress import ProgressDisplay
 
-    _check_json(json_file)
-    encoder = load(default() if model is None else model)
-    with ProgressDisplay() as progress:
+    check_json(json_file)
+    path = default() if model is None else model
+    encoder = load(path)
+    with contextlib.ExitStack() as held:
+        progress = held.enter_context(ProgressDisplay())
         progress.phase("encoding")
+        encode_rows = None
+        if ray is not None:
+            from ray_jobs.encode import ray_encoded
+
+            name = DEFAULT if model is None else str(model)
+            encode_rows = held.enter_context(ray_encoded(name, _cluster(ray), workers))
         result = encode_sources(
             sources,
             output,
@@ -214,8 +221,9 @@ def encode(
             batch=batch,
             overwrite=overwrite,
             progress=progress.update,
+            encode_rows=encode_rows,
         )
-    _write_json(dataclasses.asdict(result), json_file)
+    write_json(dataclasses.asdict(result), json_file)
     if json_file != "-":
         rate = f"{result.rows / result.seconds:.1f} pictures/s"
         out.print(f"{result.ok} pictures encoded, {result.failed} failed, {rate}: {output}")
@@ -260,6 +268,7 @@ def evaluate(
     ignore: Annotated[int | None, typer.Option(help="Label maps' value not scored.")] = None,
     seed: Annotated[int, typer.Option(help="Of resampling and probes.")] = 0,
     figure: Annotated[Path | None, typer.Option(help="Draw the result: .png or .svg.")] = None,
+    ray: RayAddress = None,
     json_file: JsonFile = None,
 ) -> None:
     """Measure any encoder, teacher or model by the same code.
@@ -284,9 +293,16 @@ def evaluate(
         ignore=ignore,
         seed=seed,
     )
-    _check_json(json_file)
-    found, tables, failed = run(target, task.split(","), data, options, figure)
-    _write_json(found, json_file)
+    check_json(json_file)
+    tasks = task.split(",")
+    if ray is None:
+        found, tables, failed = run(target, tasks, data, options, figure)
+    else:
+        from ray_jobs.evaluate import measure_on_ray
+
+        on_ray = functools.partial(measure_on_ray, config=_cluster(ray))
+        found, tables, failed = run(target, tasks, data, options, figure, on_ray)
+    write_json(found, json_file)
     if json_file != "-":
         for table in tables:
             out.print(table)
@@ -300,41 +316,10 @@ def teachers(json_file: JsonFile = None) -> None:
     from radio.config import choices, load_teacher
 
     listed = {name: load_teacher(name) for name in choices("teacher")}
-    _write_json({name: dataclasses.asdict(t) for name, t in listed.items()}, json_file)
+    write_json({name: dataclasses.asdict(t) for name, t in listed.items()}, json_file)
     if json_file == "-":
         return
-    table = Table(title="teacher@teachers.NAME=TAG", box=None)
-    columns = (
-        "tag",
-        "kind",
-        "summary",
-        "features",
-        "px",
-        "stride",
-        "M",
-        "GFLOP",
-        "views",
-        "weights",
-    )
-    for column in columns:
-        numeric = column in {"summary", "features", "px", "stride", "M", "GFLOP"}
-        table.add_column(column, justify="right" if numeric else "left", no_wrap=True)
-    for name, teacher in listed.items():
-        card = teacher.card
-        table.add_row(
-            name,
-            teacher.kind,
-            str(card.summary_dim or "-"),
-            str(card.feature_dim),
-            str(card.native_size),
-            str(card.stride),
-            f"{card.parameters_m:,.1f}",
-            f"{card.gflops:,.1f}",
-            " ".join(card.view_modes),
-            card.weights_licence,
-        )
-    # A line that a narrow terminal breaks is still one to read, grep and copy; a cut cell is not.
-    Console(width=200).print(table)
+    print_teachers(listed)
 
 
 @app.command()
@@ -343,82 +328,18 @@ def doctor(json_file: JsonFile = None) -> None:
     from radio.doctor import examine
 
     findings = examine()
-    _write_json([dataclasses.asdict(finding) for finding in findings], json_file)
+    write_json([dataclasses.asdict(finding) for finding in findings], json_file)
     if json_file != "-":
-        for finding in findings:
-            mark = "[green]ok[/]" if finding.fine else "[red]no[/]"
-            way_out = "" if finding.fine else f"  -> {finding.way_out}"
-            out.print(f"{mark}  {finding.what:18} {finding.found}{way_out}", highlight=False)
+        print_findings(findings)
     if not all(finding.fine for finding in findings):
         raise typer.Exit(2)
 
 
-def _print_plan(config: Any, count: bool = True) -> None:
-    """Print the resolved configuration and what the stages would do."""
-    from radio.config import to_yaml
-    from radio.training.cost import GPU_TFLOPS, stage_cost
+def _cluster(address: str) -> Any:
+    """Return how to reach the cluster that --ray names."""
+    from radio.config import ClusterConfig
 
-    out.print(to_yaml(config), highlight=False, markup=False)
-    for number, stage in enumerate(config.stages):
-        for name, partition in stage.partitions.items():
-            views = ", ".join(f"{teacher} {mode}" for teacher, mode in partition.views.items())
-            out.print(
-                f"stage {number}, {stage.steps} steps, partition {name}: "
-                f"{partition.batch} views at {partition.image_size} px; {views}"
-            )
-        cost = stage_cost(config, stage)
-        shares = ", ".join(f"{name} {tflop:,.3g}" for name, tflop in cost.teachers.items())
-        out.print(
-            f"stage {number}, TFLOP a step: {shares}, student {cost.student:,.3g}; in all "
-            f"{cost.gpu_hours:,.3g} hours of an A100 at {GPU_TFLOPS:.0f} TFLOP/s"
-        )
-    if count:
-        from radio.targets.stream import open_sources
-
-        sources = open_sources(config)
-        sizes = ", ".join(f"{len(source)} {split}" for split, source in sources.items())
-        out.print(f"pictures: {sizes}")
-
-
-def _rehearse(config: Any) -> None:
-    """Run one step at full size and print what every model takes."""
-    from radio.training.rehearsal import rehearse
-    from radio.training.rehearsal_report import rehearsal_tables
-
-    result = rehearse(config)
-    for table in rehearsal_tables(result):
-        Console(width=240).print(table)  # a broken line is still one to read, a cut cell is not
-    out.print(f"as JSON   {Path(config.out) / 'rehearsal.json'}")
-
-
-def _print_result(result: Any) -> None:
-    from radio.evaluation.tables import held_out_table
-
-    if result.after:
-        out.print(held_out_table(result.before, result.after))
-    else:
-        out.print("no data.val: nothing was measured on held-out pictures")
-    if result.damaged:
-        err.print(f"damaged pictures, replaced by others: {len(result.damaged)}")
-        for key, reason in list(result.damaged.items())[:10]:
-            err.print(f"  {key}: {reason}", highlight=False, markup=False)
-
-
-def _check_json(file: str | None) -> None:
-    """Refuse a file that `_write_json` could not write, before what takes long."""
-    if file is None or file == "-":
-        return
-    path = Path(file)
-    if path.is_dir() or not path.parent.is_dir():
-        what = f"{path} is a folder" if path.is_dir() else f"there is no folder {path.parent}"
-        raise RadioError(f"--json: {what}; expected a file in a folder that exists, or -")
-
-
-def _write_json(value: Any, file: str | None) -> None:
-    if file == "-":
-        sys.stdout.write(json.dumps(value, indent=2) + "\n")
-    elif file is not None:
-        Path(file).write_text(json.dumps(value, indent=2) + "\n")
+    return ClusterConfig(address=address)
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from radio.evaluation.result import Options, Result
 from radio.evaluation.tables import detail_tables, held_out_table, result_table
 from radio.progress import ProgressDisplay
 
+MeasureTasks = Callable[..., Iterator[Result]]  # as `radio.evaluation.evaluate.measure`
 Json = dict[str, Any] | list[dict[str, Any]]
 
 
@@ -26,10 +27,12 @@ def run(
     data: str | None,
     options: Options,
     figure: Path | None = None,
+    measure_tasks: MeasureTasks = measure,
 ) -> tuple[Json, list[Table], RadioError | None]:
     """Return a target's result as JSON, a list of several tasks', and the tables that show it.
 
-    What a later of several tasks raises is returned beside the results of those before it.
+    `measure_tasks` is where tasks but fidelity are measured, in this process if not given. What a
+    later of several tasks raises is returned beside the results of those before it.
 
     Raises:
         RadioError: as `evaluate`; a figure of several tasks, or of no .png or .svg.
@@ -53,7 +56,7 @@ def run(
                 save_figure(result, figure)
             tables = [result_table([(result, seconds)])]
             return found, [*tables, held_out_table([], rows_of(found))], None
-        measured, failed = _measured(measure(target, tasks, data, options, progress.update))
+        measured, failed = _measured(measure_tasks(target, tasks, data, options, progress.update))
     if figure is not None:
         save_figure(measured[0][0], figure)
     as_json = [result.as_dict() for result, _ in measured]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import shutil
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ from radio.files import printable
 from radio.progress import Report, told
 
 log = logging.getLogger("radio.encode")
+BLOCK_BATCHES = 4  # of pictures that are read before the model runs on those of one size
 DECODERS = 2  # threads that read and resize while the model works
 NAMED = 20  # failed pictures in the log
 SHARD_ROWS = 10_000
@@ -80,6 +82,9 @@ class Work:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
+EncodeRows = Callable[[Sequence[Row], Work], Iterator[Encoded]]  # every row, in order
+
+
 def encode(
     sources: str | Path | Sequence[str | Path],
     out: str | Path,
@@ -92,6 +97,7 @@ def encode(
     shard_rows: int = SHARD_ROWS,
     shard_bytes: int = SHARD_BYTES,
     progress: Report | None = None,
+    encode_rows: EncodeRows | None = None,
 ) -> EncodeResult:
     """Encode every picture of `sources` into `out`; a damaged one becomes a row with its reason.
 
@@ -108,6 +114,7 @@ def encode(
         shard_rows: rows of a shard at most.
         shard_bytes: a shard is closed when its features have reached this many bytes.
         progress: told (done, total) after every picture.
+        encode_rows: where the rows are encoded; in this process if not given.
 
     Raises:
         RadioError: no pictures, an unknown feature name, a size that does not fit the patch, or
@@ -130,8 +137,8 @@ def encode(
     write_plan(folder, rows, _manifest(work, fingerprint, len(rows)))
     dims = {name: encoder.feature_dims[name] for name in work.features}
     ok = shards = 0
-    encoded = told(_named(_encoded(rows, work)), len(rows), progress)
-    for items in _shards(encoded, shard_rows, shard_bytes):
+    items_of = told(_named((encode_rows or encoded)(rows, work)), len(rows), progress)
+    for items in _shards(items_of, shard_rows, shard_bytes):
         ok += write_shard(folder / "data", shards, items, dims, fingerprint, merge_to is not None)
         shards += 1
     seconds = time.perf_counter() - started
@@ -190,37 +197,40 @@ def _shards(items: Iterator[Encoded], max_rows: int, max_bytes: int) -> Iterator
 
 @dataclass
 class _Waiting:
-    """A picture on its way to the model; no pixels: it failed, or its batch is done."""
+    """A picture on its way to the model; no pixels: it failed, or the model is done with it."""
 
     item: Encoded
     pixels: UInt8[Tensor, "3 h w"] | None
 
 
-def _encoded(rows: Sequence[Row], work: Work) -> Iterator[Encoded]:
-    """Yield rows in order; pictures of one size run together, as far as a few batches reach."""
-    window: deque[_Waiting] = deque()
-    for waiting in _prepared(rows, work):
-        window.append(waiting)
-        if len(window) >= 4 * work.batch:
-            _forward_like(window, work)
-        while window and window[0].pixels is None:
-            yield window.popleft().item
-    while window:
-        _forward_like(window, work)
-        while window and window[0].pixels is None:
-            yield window.popleft().item
+def block_of(work: Work) -> int:
+    """Return how many rows are encoded together, whatever lies before and behind them."""
+    return BLOCK_BATCHES * work.batch
 
 
-def _forward_like(window: deque[_Waiting], work: Work) -> None:
-    """Run the model on the first waiting picture and the next ones of its size."""
-    first = next((waiting.pixels for waiting in window if waiting.pixels is not None), None)
-    if first is None:
-        return
-    group = [w for w in window if w.pixels is not None and w.pixels.shape == first.shape]
-    group = group[: work.batch]
+def encoded(rows: Sequence[Row], work: Work) -> Iterator[Encoded]:
+    """Yield rows in order; inside a block, pictures of one size run together."""
+    prepared = _prepared(rows, work)
+    while block := list(itertools.islice(prepared, block_of(work))):
+        _forward_all(block, work)
+        yield from (waiting.item for waiting in block)
+
+
+def _forward_all(block: Sequence[_Waiting], work: Work) -> None:
+    """Run the model on the pictures of a block, those of one size in batches."""
+    by_shape: dict[torch.Size, list[_Waiting]] = {}
+    for waiting in block:
+        if waiting.pixels is not None:
+            by_shape.setdefault(waiting.pixels.shape, []).append(waiting)
+    for alike in by_shape.values():
+        for start in range(0, len(alike), work.batch):
+            _forward(alike[start : start + work.batch], work)
+
+
+def _forward(group: Sequence[_Waiting], work: Work) -> None:
     pixels = torch.stack([waiting.pixels for waiting in group if waiting.pixels is not None])
     outputs = work.encoder.encode(pixels, work.features, merge_to=work.merge_to, batch=work.batch)
-    grid = work.encoder.grid((first.shape[-2], first.shape[-1]))
+    grid = work.encoder.grid((pixels.shape[-2], pixels.shape[-1]))
     for name, values in outputs.items():
         arrays = (values if name in MERGED else values.half()).cpu().numpy()
         for waiting, array in zip(group, arrays, strict=True):
