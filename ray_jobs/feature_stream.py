@@ -32,8 +32,8 @@ from radio.targets.target_maker import (
 )
 from ray_jobs.gauges import Gauges
 from ray_jobs.pool import LOST, Ask, Send, rest
-from ray_jobs.pools import Pools
 from ray_jobs.window import Window
+from ray_jobs.workers import Workers
 
 STUDENT_SECONDS = 5.0  # that the student waits for fed views before it reads them itself
 
@@ -53,21 +53,21 @@ class RayStream:
     Args:
         config: the run.
         sources: its pictures, where the caller has opened them already.
-        pools: the workers, where the caller has started them, and ends them.
+        workers: teachers and feeders, where the caller has started them, and ends them.
     """
 
     def __init__(
         self,
         config: Config,
         sources: Mapping[str, ImageSource] | None = None,
-        pools: Pools | None = None,
+        workers: Workers | None = None,
     ) -> None:
         self.config = config
         self._sources = open_sources(config) if sources is None else sources
         self._readers = build_readers(config, self._sources)
         torch.set_num_threads(config.threads.student)
-        self._workers = pools or Pools.start(config, self._sources)
-        self._owned = pools is None
+        self._workers = workers or Workers.start(config, self._sources)
+        self._owned = workers is None
         self.feeders, self.pools = self._workers.connect(config)
         self._awake = set(self.pools)
         self._views: dict[tuple[int, Reading], Any] = {}  # of the step that is handed out

@@ -16,7 +16,7 @@ from radio.config import Config, PoolConfig
 from radio.data.shards import ImageSource
 from radio.errors import RadioError
 from radio.targets.stream import device_of
-from ray_jobs.workers import Feeder, TeacherActor
+from ray_jobs.actors import Feeder, TeacherActor
 
 log = logging.getLogger("ray_jobs")
 STILL_WAITING_SECONDS = 15.0

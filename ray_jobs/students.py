@@ -26,7 +26,7 @@ from radio.training.stop import asked_by_file
 from radio.training.student_run import RunResult, result_of
 from ray_jobs.cluster import cluster
 from ray_jobs.feature_stream import RayStream
-from ray_jobs.pools import Pools
+from ray_jobs.workers import Workers
 
 log = logging.getLogger("ray_jobs")
 RESTARTS = 3  # without a new checkpoint in between
@@ -42,14 +42,14 @@ class Keeper:
         if Path(home).is_dir():
             os.chdir(home)
         self.config, self.sources = config, sources
-        self._pools: Pools | None = None
+        self._workers: Workers | None = None
         self._mistake: str | None = None
 
-    def pools(self) -> Pools:
-        """Return the handles of the teachers' replicas, which are started at the first call."""
-        if self._pools is None:
-            self._pools = Pools.start(self.config, self.sources)
-        return self._pools
+    def workers(self) -> Workers:
+        """Return the handles of teachers and feeders, which are started at the first call."""
+        if self._workers is None:
+            self._workers = Workers.start(self.config, self.sources)
+        return self._workers
 
     def note(self, mistake: str) -> None:
         """Keep what the user has to mend; processes that are started again then end at once."""
@@ -145,10 +145,10 @@ def _student(told: dict[str, Any]) -> None:
 
     def live() -> Stream:
         try:
-            pools = ray.get(keeper.pools.remote())
+            workers = ray.get(keeper.workers.remote())
         except ray.exceptions.RayTaskError as error:
             raise (error.cause if isinstance(error.cause, RadioError) else error) from None
-        return RayStream(config, told["sources"], pools)
+        return RayStream(config, told["sources"], workers)
 
     try:
         stream = open_stream(config, live, told["sources"])

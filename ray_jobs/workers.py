@@ -1,149 +1,75 @@
-"""What runs in Ray's processes: a replica of a teacher, and a feeder that decodes pictures."""
+"""All workers of a run: a pool per teacher and the feeders, started once, used by many students."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
+from typing import Any
 
-import numpy as np
-import torch
+import ray
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from radio.config import Config
-from radio.data.plan import PartitionSpec
 from radio.data.shards import ImageSource
-from radio.data.views import Views
-from radio.errors import RadioError
-from radio.targets.stream import device_of
-from radio.targets.target_maker import (
-    CodedTarget,
-    Reading,
-    Request,
-    TargetMaker,
-    TeacherFacts,
-    build_readers,
-    build_target_maker,
-)
+from radio.targets.target_maker import TeacherFacts
+from ray_jobs.placement import feeders_of, replicas_of, wait_until_ready
+from ray_jobs.pool import Pool
+
+FEEDERS = "feeders"
 
 
-@dataclass(frozen=True)
-class FedViews:
-    """Views as they travel: numpy crosses Ray's store without a copy, tensors do not."""
+@dataclass
+class Workers:
+    """Handles of started workers, which may be sent to other processes, and teachers' facts."""
 
-    pixels: np.ndarray
-    keys: tuple[str, ...]
-    replaced: tuple[tuple[str, str], ...]
-    offsets: tuple[tuple[int, int], ...] | None
+    replicas: dict[str, list[Any]]
+    feeders: list[Any]
+    facts: dict[str, TeacherFacts] = field(default_factory=dict)
+    groups: list[PlacementGroup] = field(default_factory=list)
 
     @classmethod
-    def of(cls, views: Views) -> FedViews:
-        """Pack views."""
-        return cls(views.pixels.numpy(), views.keys, views.replaced, views.offsets)
+    def start(cls, config: Config, sources: Mapping[str, ImageSource]) -> Workers:
+        """Start every worker and wait until all are there.
 
-    def views(self) -> Views:
-        """Unpack them; arrays out of the store are read-only, so the pixels are copied."""
-        return Views(torch.tensor(self.pixels), self.keys, self.replaced, self.offsets)
-
-
-class Worker:
-    """A process of a run that says who it is.
-
-    `home` is the folder that the run was started in, which relative paths count from; on nodes that
-    do not see it such paths are not found, and said so.
-    """
-
-    def __init__(self, config: Config, sources: Mapping[str, ImageSource], home: str) -> None:
-        self.config = config
-        self.sources = sources
-        if Path(home).is_dir():
-            os.chdir(home)
-
-    def pid(self) -> int:
-        """Return the process id."""
-        return os.getpid()
-
-
-class TeacherActor(Worker):
-    """One replica of one teacher.
-
-    The network is built at the first call, not in the constructor: a mistake in the
-    configuration then reaches the user as itself, and a restarted replica rebuilds alone.
-    """
-
-    def __init__(
-        self, config: Config, name: str, sources: Mapping[str, ImageSource], home: str
-    ) -> None:
-        super().__init__(config, sources, home)
-        self.name = name
-        self.incarnation = 0
-        self._maker: TargetMaker | None = None
-
-    @property
-    def maker(self) -> TargetMaker:
-        """The teacher, built when it is needed."""
-        if self._maker is None:
-            torch.set_num_threads(self.config.threads.teacher)
-            device = device_of(self.config)
-            readers = build_readers(self.config, self.sources)
-            self._maker = build_target_maker(self.config, self.name, readers, device)
-        return self._maker
-
-    def ready(self) -> TeacherFacts:
-        """Build the teacher and return its facts."""
-        return self.maker.facts
-
-    def awake(self) -> bool:
-        """Return whether the network is in memory."""
-        return self._maker is not None
-
-    def sleep(self) -> None:
-        """Let the network's memory go until the next call, which builds it again."""
-        self._maker = None
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-    def encode(
-        self,
-        partitions: tuple[PartitionSpec, ...],
-        request: Request,
-        incarnation: int,
-        *fed: FedViews | None,
-    ) -> dict[int, CodedTarget]:
-        """Return this teacher's coded targets of a step, by the partition's number.
-
-        `fed` are the views of each partition, read here where there are none. A call of an older
-        incarnation of the student is refused: its student is dead.
+        Raises:
+            RadioError: a teacher cannot be built, or a worker has no place.
         """
-        if incarnation < self.incarnation:
-            raise RadioError(
-                f"teacher '{self.name}' serves incarnation {self.incarnation} of the student; "
-                f"a call of incarnation {incarnation} came late"
+        workers = cls({}, [])
+        try:
+            for name in config.teachers:
+                workers.replicas[name], group = replicas_of(config, name, sources)
+                if group is not None:
+                    workers.groups.append(group)
+            workers.feeders = feeders_of(config, sources)
+            starting = dict(workers.replicas)
+            if workers.feeders:
+                starting[FEEDERS] = workers.feeders
+            said = wait_until_ready(config, starting)
+            workers.facts = {name: said[name] for name in config.teachers}
+        except BaseException:
+            workers.close()
+            raise
+        return workers
+
+    def connect(self, config: Config) -> tuple[Pool | None, dict[str, Pool]]:
+        """Return this process's own view of the feeders, if any, and of each teacher's pool."""
+        cluster = config.cluster
+        limits = cluster.call_timeout_seconds, cluster.give_up_seconds
+        feeders = None
+        if self.feeders:  # half the time, so that a hung feeder is not taken for a hung teacher
+            feeders = Pool("a feeder", self.feeders, limits[0] / 2, limits[1])
+        pools = {
+            name: Pool(
+                f"teacher '{name}'", handles, *limits, cluster.hedge, self.facts[name], feeders
             )
-        self.incarnation = incarnation
-        given = fed or (None,) * len(partitions)
-        return {
-            number: self.maker(partition, request, None if views is None else views.views())
-            for number, (partition, views) in enumerate(zip(partitions, given, strict=True))
-            if self.name in partition.modes
+            for name, handles in self.replicas.items()
         }
+        return feeders, pools
 
-
-class Feeder(Worker):
-    """Reads a partition's views at every size that somebody wants, decoding a picture once."""
-
-    def __init__(self, config: Config, sources: Mapping[str, ImageSource], home: str) -> None:
-        super().__init__(config, sources, home)
-        torch.set_num_threads(1)
-        self.readers = build_readers(config, sources)
-
-    def ready(self) -> None:
-        """Answer once the process is there."""
-
-    def feed(
-        self, partition: PartitionSpec, split: str, readings: tuple[Reading, ...]
-    ) -> list[FedViews] | FedViews:
-        """Return the views in each of the ways that they are wanted; itself where it is one."""
-        reader = self.readers[split]
-        fed = [FedViews.of(reading.read(reader, partition)) for reading in readings]
-        return fed[0] if len(fed) == 1 else fed
+    def close(self) -> None:
+        """End every worker for good."""
+        for handles in (*self.replicas.values(), self.feeders):
+            for handle in handles:
+                ray.kill(handle)
+        for group in self.groups:
+            remove_placement_group(group)

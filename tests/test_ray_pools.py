@@ -1,4 +1,4 @@
-"""Pools: who gets which work, and what becomes of it when replicas, feeders and hours are bad."""
+"""Workers: who gets which work, and what becomes of it when replicas, feeders and hours are bad."""
 
 from __future__ import annotations
 
