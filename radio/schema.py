@@ -235,6 +235,7 @@ class Config:
     codec: str = "bf16"
     device: str = "auto"
     log_every_steps: int = 1
+    tensorboard: bool = False  # metrics in out/tensorboard, too
     threads: ThreadsConfig = dataclasses.field(default_factory=ThreadsConfig)
     cluster: ClusterConfig = dataclasses.field(default_factory=ClusterConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)

@@ -27,6 +27,7 @@ FREE = (
     "cluster",
     "checkpoint",
     "log_every_steps",
+    "tensorboard",
     "evaluation",
     "threads",
     "device",

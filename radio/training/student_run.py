@@ -24,6 +24,7 @@ from radio.targets.fit import fit, read_dispersions, read_fitted
 from radio.targets.standardize import Standardizer
 from radio.targets.stream import StepBatch, Stream, device_of
 from radio.targets.target_maker import Request, StandardizerFile
+from radio.training.board import Board
 from radio.training.checkpoint import (
     find_checkpoint,
     load_checkpoint,
@@ -98,6 +99,8 @@ class StudentRun:
         self.logged = (0, time.perf_counter())
         self.saved = -1  # the step of the newest checkpoint that this process wrote
         self.start = self._resume()
+        wanted = config.tensorboard and ranks.leads
+        self.board = Board(run.path / "tensorboard", self.start) if wanted else None
 
     @property
     def finished(self) -> bool:
@@ -153,6 +156,8 @@ class StudentRun:
         step = self.plan.num_steps
         after = self.rows_of(step) or self.evaluate(step)
         self._report()
+        if self.board is not None:
+            self.board.close()
         if self.finished:
             log.info("%s is finished at step %d; nothing to train", self.run.path, step)
         return RunResult(self.run.path, step, True, self.before, after, self.damaged)
@@ -189,7 +194,7 @@ class StudentRun:
         seconds = (self.logged[1] - clock) / (done - last)
         wait_share = min(1.0, batch.wait_seconds / seconds)
         rate = self.plan.views_of(batch.step) / seconds
-        self.run.append(
+        self._note(
             {
                 "step": done,
                 "losses": losses,
@@ -205,6 +210,11 @@ class StudentRun:
         self.progress.update(
             done, self.plan.num_steps, describe(losses, rate, wait_share, self.rows)
         )
+
+    def _note(self, record: dict[str, Any]) -> None:
+        self.run.append(record)
+        if self.board is not None:
+            self.board.add(record)
 
     def _finite_losses(self, done: int) -> dict[str, float]:
         """Return the last step's losses as numbers; a NaN names its teacher and stops the run."""
@@ -291,7 +301,7 @@ class StudentRun:
         request = Request("val", "float32", dict(self.files))
         batches = self.stream.read(specs, request, self.incarnation)
         rows = held_out_rows(student, told(batches, len(specs), self.progress.update), self.device)
-        self.run.append({"step": step, "held_out": [row.as_dict() for row in rows]})
+        self._note({"step": step, "held_out": [row.as_dict() for row in rows]})
         return rows
 
     def _report(self) -> None:
