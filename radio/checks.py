@@ -108,7 +108,7 @@ def _check_parallel(config: Config) -> None:
                     f"parallel.micro_shard is {size}, which does not divide "
                     f"stages[{number}].partitions.{name}.batch, {partition.batch}"
                 )
-    if parallel.workers is not None:
+    if parallel.workers is not None or parallel.min_workers is not None or parallel.labels:
         _check_workers(config)
     if kind is None:
         if parallel.placement != "together":
@@ -143,7 +143,11 @@ def _check_cache(config: Config) -> None:
 
 def _check_workers(config: Config) -> None:
     parallel = config.parallel
-    assert parallel.workers is not None
+    if parallel.workers is None:
+        raise RadioError(
+            "parallel.min_workers and parallel.labels are about parallel.workers, which is null; "
+            "set it, or take them away"
+        )
     if parallel.kind is None or config.stream != "ray":
         raise RadioError(
             f"parallel.workers={parallel.workers} are processes of Ray Train: set stream=ray and "

@@ -297,6 +297,8 @@ def evaluate(
     tasks = task.split(",")
     if ray is None:
         found, tables, failed = run(target, tasks, data, options, figure)
+    elif tasks == ["fidelity"]:
+        raise RadioError("fidelity is measured in this process; leave out --ray")
     else:
         from ray_jobs.evaluate import measure_on_ray
 

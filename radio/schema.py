@@ -209,8 +209,9 @@ class StageConfig:
 class ParallelConfig:
     """How the student's processes share a step; null `kind` is one process.
 
-    They are torchrun's, or with stream=ray `workers` of Ray Train, which goes on with no fewer than
-    `min_workers` where the cluster has not room for all (null: it waits for them).
+    They are torchrun's, or with stream=ray `workers` of Ray Train on nodes that have all of
+    `labels`, which goes on with no fewer than `min_workers` where the cluster has not room for all
+    (null: it waits for them).
 
     The views of a partition are laid out in micro-shards that a rank takes whole; with placement
     by_rank a rank has those of one partition only.
@@ -221,6 +222,7 @@ class ParallelConfig:
     micro_shard: int | None = None  # views; null: the whole batch is one
     workers: int | None = None
     min_workers: int | None = None
+    labels: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass

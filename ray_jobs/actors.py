@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import ray
@@ -13,8 +13,7 @@ import torch
 
 from radio.config import Config
 from radio.data.plan import PartitionSpec
-from radio.data.shards import ImageSource
-from radio.data.views import Views
+from radio.data.views import ViewReader, Views
 from radio.errors import RadioError
 from radio.targets.stream import device_of
 from radio.targets.target_maker import (
@@ -51,14 +50,22 @@ class Worker:
     """A process of a run that says who it is.
 
     `home` is the folder that the run was started in, which relative paths count from; on nodes that
-    do not see it such paths are not found, and said so.
+    do not see it such paths are not found, and said so. The pictures' index comes with every call,
+    by a reference inside a list, and is fetched once: an argument of the constructor could not be
+    had again when a lost process is started anew.
     """
 
-    def __init__(self, config: Config, sources: Mapping[str, ImageSource], home: str) -> None:
+    def __init__(self, config: Config, home: str) -> None:
         self.config = config
-        self.sources = sources
+        self._readers: dict[str, ViewReader] = {}
         if Path(home).is_dir():
             os.chdir(home)
+
+    def readers(self, sources: list[Any]) -> dict[str, ViewReader]:
+        """Return a reader per split, made once."""
+        if not self._readers:
+            self._readers = build_readers(self.config, ray.get(sources[0]))
+        return self._readers
 
     def pid(self) -> int:
         """Return the process id."""
@@ -76,27 +83,23 @@ class TeacherActor(Worker):
     configuration then reaches the user as itself, and a restarted replica rebuilds alone.
     """
 
-    def __init__(
-        self, config: Config, name: str, sources: Mapping[str, ImageSource], home: str
-    ) -> None:
-        super().__init__(config, sources, home)
+    def __init__(self, config: Config, name: str, home: str) -> None:
+        super().__init__(config, home)
         self.name = name
         self.incarnation = 0
         self._maker: TargetMaker | None = None
 
-    @property
-    def maker(self) -> TargetMaker:
-        """The teacher, built when it is needed."""
+    def maker(self, sources: list[Any]) -> TargetMaker:
+        """Return the teacher, built when it is needed."""
         if self._maker is None:
             torch.set_num_threads(self.config.threads.teacher)
-            device = device_of(self.config)
-            readers = build_readers(self.config, self.sources)
+            device, readers = device_of(self.config), self.readers(sources)
             self._maker = build_target_maker(self.config, self.name, readers, device)
         return self._maker
 
-    def ready(self) -> TeacherFacts:
+    def ready(self, sources: list[Any]) -> TeacherFacts:
         """Build the teacher and return its facts."""
-        return self.maker.facts
+        return self.maker(sources).facts
 
     def awake(self) -> bool:
         """Return whether the network is in memory."""
@@ -110,6 +113,7 @@ class TeacherActor(Worker):
 
     def encode(
         self,
+        sources: list[Any],
         partitions: tuple[PartitionSpec, ...],
         request: Request,
         incarnation: int,
@@ -126,9 +130,9 @@ class TeacherActor(Worker):
                 f"a call of incarnation {incarnation} came late"
             )
         self.incarnation = incarnation
-        given = fed or (None,) * len(partitions)
+        given, maker = fed or (None,) * len(partitions), self.maker(sources)
         return {
-            number: self.maker(partition, request, None if views is None else views.views())
+            number: maker(partition, request, None if views is None else views.views())
             for number, (partition, views) in enumerate(zip(partitions, given, strict=True))
             if self.name in partition.modes
         }
@@ -137,18 +141,19 @@ class TeacherActor(Worker):
 class Feeder(Worker):
     """Reads a partition's views at every size that somebody wants, decoding a picture once."""
 
-    def __init__(self, config: Config, sources: Mapping[str, ImageSource], home: str) -> None:
-        super().__init__(config, sources, home)
+    def ready(self, sources: list[Any]) -> None:
+        """Answer once the pictures can be read."""
         torch.set_num_threads(1)
-        self.readers = build_readers(config, sources)
-
-    def ready(self) -> None:
-        """Answer once the process is there."""
+        self.readers(sources)
 
     def feed(
-        self, partition: PartitionSpec, split: str, readings: tuple[Reading, ...]
+        self,
+        sources: list[Any],
+        partition: PartitionSpec,
+        split: str,
+        readings: tuple[Reading, ...],
     ) -> list[FedViews] | FedViews:
         """Return the views in each of the ways that they are wanted; itself where it is one."""
-        reader = self.readers[split]
+        reader = self.readers(sources)[split]
         fed = [FedViews.of(reading.read(reader, partition)) for reading in readings]
         return fed[0] if len(fed) == 1 else fed

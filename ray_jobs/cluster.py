@@ -95,7 +95,7 @@ def _join(address: str, key: str) -> None:
             logging_level=logging.WARNING,
             log_to_driver=False,
         )
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         if "ersion mismatch" in str(error):
             said = " ".join(str(error).split())
             raise RadioError(

@@ -91,7 +91,6 @@ def ray_encoded(
         asked = Asked(model, work.features, work.size, work.merge_to, work.batch)
         remote: Any = ray.remote(EncoderActor).options(
             num_cpus=1,
-            num_gpus=1 if torch.cuda.is_available() else 0,
             max_restarts=-1,
             max_task_retries=0,
             runtime_env={"env_vars": {"OMP_NUM_THREADS": str(own)}},
@@ -99,10 +98,9 @@ def ray_encoded(
         plan = ray.put(rows)  # once, not with every worker
         handles = [remote.remote(asked, own, os.getcwd()) for _ in range(workers)]
         limits = config.call_timeout_seconds, config.give_up_seconds
-        pool = Pool("an encoder", handles, *limits, config.hedge, work.fingerprint)
+        pool = Pool("an encoder", handles, *limits, expected=work.fingerprint)
         for replica in pool.replicas:
             replica.knock()  # no work before the encoder is there, and is the one that is here
-            replica.fell = replica.knocked
         with closing(pool):
             yield from _in_order(rows, plan, pool, block_of(work))
 

@@ -15,6 +15,8 @@ from radio.evaluation.result import Options, Result
 from radio.progress import Report, told
 from ray_jobs.cluster import cluster
 
+RETRIES = 3  # of a task whose process died
+
 
 def _task(target: str, task: str, data: str | None, options: Options, home: str) -> Result:
     """Measure one task."""
@@ -40,7 +42,7 @@ def measure_on_ray(
         RadioError: as `radio.evaluation.evaluate.measure`, at the task's turn.
     """
     with cluster(config):
-        remote = ray.remote(_task).options(num_cpus=1, max_retries=-1)
+        remote = ray.remote(_task).options(num_cpus=1, max_retries=RETRIES)
         refs = [remote.remote(target, task, data, options, os.getcwd()) for task in tasks]
         for ref in told(refs, len(refs), progress):
             try:
@@ -49,4 +51,9 @@ def measure_on_ray(
                 if isinstance(error.cause, RadioError):
                     raise error.cause from None
                 raise
+            except ray.exceptions.RayError as error:
+                raise RadioError(
+                    f"the process of a task died {RETRIES + 1} times ({type(error).__name__}); is "
+                    "its node out of memory?"
+                ) from error
             yield result

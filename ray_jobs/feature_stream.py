@@ -16,6 +16,7 @@ from typing import Any
 
 import ray
 import torch
+import torch.distributed as dist
 
 from radio.config import Config, teachers_of
 from radio.data.plan import PartitionSpec, StepSpec
@@ -32,7 +33,7 @@ from radio.targets.target_maker import (
 )
 from ray_jobs.gauges import Gauges
 from ray_jobs.pool import LOST, Ask, Send, rest
-from ray_jobs.window import Window
+from ray_jobs.window import Window, room_in_store
 from ray_jobs.workers import Workers
 
 STUDENT_SECONDS = 5.0  # that the student waits for fed views before it reads them itself
@@ -68,10 +69,12 @@ class RayStream:
         torch.set_num_threads(config.threads.student)
         self._workers = workers or Workers.start(config, self._sources)
         self._owned = workers is None
-        self.feeders, self.pools = self._workers.connect(config)
+        self._rank, self._ranks = ranks_here()
+        self.feeders, self.pools = self._workers.connect(config, self._rank)
         self._awake = set(self.pools)
         self._views: dict[tuple[int, Reading], Any] = {}  # of the step that is handed out
         self.gauges = Gauges(self.pools)
+        self.fed = 0  # times that the student took views from a feeder
 
     @property
     def teachers(self) -> Mapping[str, TeacherFacts]:
@@ -111,7 +114,7 @@ class RayStream:
         """
         waiting = iter(specs)
         in_flight: deque[Asked] = deque()
-        window = Window(self.config.cluster)
+        window = Window(self.config.cluster, room_in_store() / self._ranks)
         self._fill(in_flight, window, waiting, request, incarnation)
         while in_flight:
             asked, answers = in_flight[0], self._answers(in_flight)
@@ -134,7 +137,9 @@ class RayStream:
         incarnation: int,
     ) -> None:
         while len(in_flight) < window.steps and (spec := next(waiting, None)) is not None:
-            if request.split == "train":
+            if (
+                request.split == "train" and request.standardizers
+            ):  # no fit, whose stages are its own
                 self._let_sleep(spec)
             in_flight.append(self._ask(spec, request, incarnation))
 
@@ -152,7 +157,8 @@ class RayStream:
                 for number, partition in enumerate(spec.partitions)
             ]
             asked.work[name] = pool.ask(
-                _encoding(spec, request, incarnation, fed), f"step {spec.step}"
+                _encoding(self._workers.sources, spec, request, incarnation, fed),
+                f"step {spec.step}",
             )
         self._awake |= names
         return asked
@@ -163,19 +169,15 @@ class RayStream:
             return {}
         fed: dict[tuple[int, Reading], Any] = {}
         for number, partition in enumerate(spec.partitions):
+            if not partition.modes:  # a cache has all of it, and reads the student's views itself
+                continue
             wanted = dict.fromkeys(student_readings(partition, self.config))
             wanted |= dict.fromkeys(
                 reading_of(self.config, name, partition) for name in partition.modes
             )
             readings = tuple(wanted)
-
-            def send(
-                feeder: Any, first: bool, readings: Any = readings, part: Any = partition
-            ) -> Any:
-                method = feeder.feed.options(num_returns=len(readings))
-                return method.remote(part, request.split, readings)
-
-            refs = self.feeders.send(send)
+            sending = _feeding(self._workers.sources, partition, request.split, readings)
+            refs = self.feeders.send(sending)
             fed |= {(number, reading): ref for reading, ref in zip(readings, refs, strict=True)}
         return fed
 
@@ -188,6 +190,7 @@ class RayStream:
             views: Views = ray.get(ref, timeout=STUDENT_SECONDS).views()
         except (*LOST, ray.exceptions.GetTimeoutError, ray.exceptions.RayTaskError):
             return None  # what is wrong with the pictures is said by reading them here
+        self.fed += 1
         return views
 
     def _answers(self, in_flight: Sequence[Asked]) -> dict[str, dict[int, CodedTarget]]:
@@ -239,22 +242,34 @@ class RayStream:
         self.close()
 
 
-def _encoding(spec: StepSpec, request: Request, incarnation: int, fed: list[Any]) -> Send:
+def _encoding(
+    sources: list[Any], spec: StepSpec, request: Request, incarnation: int, fed: list[Any]
+) -> Send:
     """Return how a step is sent to a teacher, with references to its views where there are any."""
 
     def send(replica: Any, first: bool) -> Any:
-        # What was lost once is read anew: its views may have been what was lost.
+        # What was lost, or is late, is read anew: its views may be what was lost.
         given = fed if first and any(each is not None for each in fed) else ()
-        return replica.encode.remote(spec.partitions, request, incarnation, *given)
+        return replica.encode.remote(sources, spec.partitions, request, incarnation, *given)
 
     return send
 
 
-def _feeding(partition: PartitionSpec, split: str, readings: tuple[Reading, ...]) -> Send:
+def _feeding(
+    sources: list[Any], partition: PartitionSpec, split: str, readings: tuple[Reading, ...]
+) -> Send:
     """Return how a partition is sent to a feeder, for a reference to each reading."""
 
     def send(feeder: Any, first: bool) -> Any:
-        refs = feeder.feed.options(num_returns=len(readings)).remote(partition, split, readings)
+        method = feeder.feed.options(num_returns=len(readings))
+        refs = method.remote(sources, partition, split, readings)
         return [refs] if len(readings) == 1 else refs
 
     return send
+
+
+def ranks_here() -> tuple[int, int]:
+    """Return this process's number among the student's, and how many those are."""
+    if not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()

@@ -13,7 +13,6 @@ from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from radio.config import Config, PoolConfig
-from radio.data.shards import ImageSource
 from radio.errors import RadioError
 from radio.targets.stream import device_of
 from ray_jobs.actors import Feeder, TeacherActor
@@ -22,9 +21,7 @@ log = logging.getLogger("ray_jobs")
 STILL_WAITING_SECONDS = 15.0
 
 
-def replicas_of(
-    config: Config, name: str, sources: Mapping[str, ImageSource]
-) -> tuple[list[Any], PlacementGroup | None]:
+def replicas_of(config: Config, name: str) -> tuple[list[Any], PlacementGroup | None]:
     """Start the replicas of a teacher, and their placement group where they have one."""
     wanted = pool_of(config, name)
     resources = reserved(config, name)
@@ -44,13 +41,13 @@ def replicas_of(
         options["label_selector"] = wanted.labels
     start = _starter(TeacherActor, options)
     count = wanted.replicas or config.cluster.replicas
-    return [start(config, name, sources, os.getcwd()) for _ in range(count)], group
+    return [start(config, name, os.getcwd()) for _ in range(count)], group
 
 
-def feeders_of(config: Config, sources: Mapping[str, ImageSource]) -> list[Any]:
+def feeders_of(config: Config) -> list[Any]:
     """Start the feeders."""
     start = _starter(Feeder, {"num_cpus": 1, "runtime_env": _threads(1)})
-    return [start(config, sources, os.getcwd()) for _ in range(config.cluster.feeders)]
+    return [start(config, os.getcwd()) for _ in range(config.cluster.feeders)]
 
 
 def _starter(kind: type, options: Mapping[str, Any]) -> Callable[..., Any]:
@@ -80,14 +77,20 @@ def reserved(config: Config, name: str) -> dict[str, float]:
     return {name: amount for name, amount in found.items() if amount}
 
 
-def wait_until_ready(config: Config, starting: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+def wait_until_ready(
+    config: Config, starting: Mapping[str, Sequence[Any]], sources: list[Any]
+) -> dict[str, Any]:
     """Return what `ready` of each kind of worker says, saying whom we wait for.
 
     Raises:
         RadioError: a worker cannot be built, or got no place in `cluster.give_up_seconds`; says
             what was asked, what the nodes offer and what would fit.
     """
-    refs = {handle.ready.remote(): name for name, handles in starting.items() for handle in handles}
+    refs = {
+        handle.ready.remote(sources): name
+        for name, handles in starting.items()
+        for handle in handles
+    }
     log.info("starting in Ray actors: %s", ", ".join(starting))
     said: dict[str, Any] = {}
     started = time.monotonic()

@@ -16,8 +16,12 @@ from typing import Any
 
 import ray
 from ray.exceptions import (
+    LocalRayletDiedError,
     NodeDiedError,
     ObjectLostError,
+    ObjectStoreFullError,
+    OutOfDiskError,
+    OutOfMemoryError,
     RayActorError,
     RayTaskError,
     WorkerCrashedError,
@@ -27,7 +31,16 @@ from radio.errors import RadioError
 
 log = logging.getLogger("ray_jobs")
 Send = Callable[[Any, bool], Any]  # (a replica's handle, whether it is the first try) -> reference
-LOST = (RayActorError, ObjectLostError, WorkerCrashedError, NodeDiedError)
+LOST = (
+    RayActorError,
+    ObjectLostError,
+    WorkerCrashedError,
+    NodeDiedError,
+    LocalRayletDiedError,
+    OutOfMemoryError,
+    OutOfDiskError,
+    ObjectStoreFullError,
+)
 MOST_DEATHS = 3  # of a replica, one after the other, without an answer in between
 USUAL_OF = 9  # passes whose median is the usual time
 LEAST_HEDGE_SECONDS = 0.5  # a shorter delay is noise
@@ -39,21 +52,23 @@ PAUSE_SECONDS = 0.05  # between two looks at replicas that are down
 class Replica:
     """A process and its calls without an answer yet, by when they were sent.
 
-    `coming_back` is what it will say first after it fell, asked when it was `knocked`; a replica
-    that falls too often, or for too long, is `retired`.
+    `heard` is when it last answered anything. `coming_back` is what it will say first after it
+    fell, asked when it was `knocked`; one that dies too often is `retired`.
     """
 
     handle: Any
+    greeting: tuple[Any, ...] = ()
     calls: dict[Any, float] = field(default_factory=dict)
+    heard: float = 0.0
     coming_back: Any = None
     knocked: float = 0.0
-    fell: float = 0.0
     deaths: int = 0
     retired: bool = False
 
     def knock(self) -> None:
         """Ask whether it is back."""
-        self.coming_back, self.knocked = self.handle.ready.remote(), time.monotonic()
+        self.coming_back = self.handle.ready.remote(*self.greeting)
+        self.knocked = time.monotonic()
 
 
 @dataclass
@@ -80,12 +95,12 @@ class Pool:
         name: what errors and logs call it.
         handles: the replicas' handles.
         call_timeout: seconds after which a replica counts as hung and is started anew.
-        give_up: seconds after which work that nobody answers is an error, and a replica that does
-            not come back is given up.
+        give_up: seconds after which work that nobody answers is an error.
         hedge: how many times the usual seconds an answer may take before it is asked for twice;
             None: never.
         expected: what `ready` of a replica that comes back must say; anything if None.
         upstream: the pool that answers what this one's calls wait for.
+        greeting: what `ready` is given.
     """
 
     def __init__(
@@ -97,9 +112,11 @@ class Pool:
         hedge: float | None = None,
         expected: Any = None,
         upstream: Pool | None = None,
+        greeting: tuple[Any, ...] = (),
     ) -> None:
         self.name = name
-        self.replicas = [Replica(handle) for handle in handles]
+        self.replicas = [Replica(handle, greeting) for handle in handles]
+        self._loose: set[Any] = set()  # calls whose answers go elsewhere
         self.call_timeout, self.give_up, self.hedge = call_timeout, give_up, hedge
         self.expected, self.upstream = expected, upstream
         self.retries = self.hedges = 0
@@ -122,6 +139,7 @@ class Pool:
         replica = min(self._up(), key=lambda r: len(r.calls), default=self.replicas[0])
         refs: Sequence[Any] = send(replica.handle, True)
         replica.calls[refs[0]] = time.monotonic()
+        self._loose.add(refs[0])
         return refs
 
     def tell(self, method: str) -> None:
@@ -139,13 +157,7 @@ class Pool:
         """
         if ask.answered:
             return True
-        if is_next:
-            ask.began = ask.began or time.monotonic()
-            self._check_patience(ask, time.monotonic() - ask.began)
-            self._hedge(ask, time.monotonic() - ask.began)
-        if not ask.calls and not self._send(ask):
-            return False
-        for call in ray.wait(list(ask.calls), timeout=0)[0]:
+        for call in ray.wait(list(ask.calls), timeout=0)[0] if ask.calls else ():
             replica = ask.calls.pop(call)
             try:
                 ask.value = ray.get(call)
@@ -155,7 +167,14 @@ class Pool:
             replica.deaths = 0
             ask.answered = True
             ask.calls.clear()  # a slower call stays with its replica until it is answered
-        return ask.answered
+            return True
+        if not ask.calls:
+            self._send(ask)
+        if is_next:
+            ask.began = ask.began or time.monotonic()
+            self._check_patience(ask, time.monotonic() - ask.began)
+            self._hedge(ask, time.monotonic() - ask.began)
+        return False
 
     def took(self, seconds: float) -> None:
         """Note how long a pass was by the worker's own clock."""
@@ -182,7 +201,7 @@ class Pool:
         replica = replica or min(self._up(), key=lambda each: len(each.calls), default=None)
         if replica is None:
             return False
-        call = ask.send(replica.handle, ask.tries == 0)
+        call = ask.send(replica.handle, ask.tries == 0 and not ask.hedged)
         replica.calls[call] = time.monotonic()
         ask.calls[call] = replica
         return True
@@ -230,7 +249,7 @@ class Pool:
         if replica.coming_back is not None or replica.retired:
             return
         replica.deaths += 1
-        replica.fell = time.monotonic()
+        self._loose -= replica.calls.keys()
         replica.calls.clear()
         if replica.deaths > MOST_DEATHS:
             self._retire(replica, f"died {replica.deaths} times in a row without an answer")
@@ -247,23 +266,36 @@ class Pool:
             return
         calls = list(replica.calls)
         done, _ = ray.wait(calls, num_returns=len(calls), timeout=0, fetch_local=False)
-        for call in done:
-            del replica.calls[call]
         now = time.monotonic()
-        if replica.calls and now - min(replica.calls.values()) > self.call_timeout:
-            log.warning("%s hangs for %.0f s; starting it anew", self.name, self.call_timeout)
+        for call in done:
+            replica.heard = now
+            replica.calls.pop(call, None)
+            if call in self._loose:
+                self._loose.discard(call)
+                self._note_loose(replica, call)
+        waits = now - max(min(replica.calls.values(), default=now), replica.heard)
+        if waits > self.call_timeout:
+            log.warning("%s hangs for %.0f s; starting it anew", self.name, waits)
             ray.kill(replica.handle, no_restart=False)
             self._fell(replica)
+
+    def _note_loose(self, replica: Replica, call: Any) -> None:
+        """Look whether a call whose answer goes elsewhere was lost; who needs it asks again."""
+        try:
+            ray.get(call)
+        except LOST:
+            self._fell(replica)
+        except RayTaskError:
+            return  # said to whoever reads the answer
+        else:
+            replica.deaths = 0
 
     def _look_whether_back(self, replica: Replica) -> None:
         if replica.coming_back is None:
             return
-        now = time.monotonic()
-        if now - replica.fell > self.give_up:
-            self._retire(replica, f"did not come back in {self.give_up:.0f} s")
-            return
         if not ray.wait([replica.coming_back], timeout=0)[0]:
-            if now - replica.knocked > self.call_timeout:  # it hangs, in building itself or before
+            waits = time.monotonic() - replica.knocked
+            if waits > self.call_timeout:  # it hangs, in building itself or before
                 ray.kill(replica.handle, no_restart=False)
                 replica.knock()
             return

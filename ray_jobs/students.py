@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from radio.config import Config
 from radio.data.shards import ImageSource
@@ -30,6 +32,8 @@ from ray_jobs.workers import Workers
 
 log = logging.getLogger("ray_jobs")
 RESTARTS = 3  # without a new checkpoint in between
+LOOK_SECONDS = 0.5
+GROUP_SECONDS = 60.0  # that Ray Train waits for places before it tries again
 
 
 class Keeper:
@@ -47,8 +51,14 @@ class Keeper:
 
     def workers(self) -> Workers:
         """Return the handles of teachers and feeders, which are started at the first call."""
+        if self._mistake is not None:  # another student has asked before
+            raise RadioError(self._mistake)
         if self._workers is None:
-            self._workers = Workers.start(self.config, self.sources)
+            try:
+                self._workers = Workers.start(self.config, self.sources)
+            except RadioError as error:
+                self._mistake = str(error)
+                raise
         return self._workers
 
     def note(self, mistake: str) -> None:
@@ -67,38 +77,22 @@ def train_with_workers(config: Config) -> RunResult:
         RadioError: a mistake of the user's, or processes that die again and again.
         KeyboardInterrupt: stopped between two steps, after a checkpoint.
     """
-    from ray.train import RunConfig, ScalingConfig  # six seconds
-    from ray.train.torch import TorchConfig, TorchTrainer
-
     sources = open_sources(config)
     out = Path(config.out).resolve()
     with cluster(config.cluster), asked_by_file(out) as stop:
-        keeper: Any = ray.remote(Keeper).options(num_cpus=0).remote(config, sources, os.getcwd())
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        kept: Any = ray.remote(Keeper).options(num_cpus=0, scheduling_strategy=here)
+        keeper = kept.remote(config, sources, os.getcwd())  # whoever owns the teachers stays
         told = {"config": config, "sources": sources, "keeper": keeper, "home": os.getcwd()}
-        cuda = device_of(config).type == "cuda"
-        least, most = config.parallel.min_workers, config.parallel.workers
-        workers: Any = most if least is None else (least, most)  # a pair is elastic
-        for attempt in _attempts(out):
-            trainer = TorchTrainer(
-                _student,
-                train_loop_config=told,
-                torch_config=TorchConfig(
-                    "cpu:gloo,cuda:nccl" if cuda else "gloo",
-                    timeout_s=int(PATIENCE.total_seconds()),
-                ),
-                scaling_config=ScalingConfig(
-                    num_workers=workers,
-                    use_gpu=cuda,
-                    resources_per_worker={"CPU": 1, **({"GPU": 1} if cuda else {})},
-                ),
-                run_config=RunConfig(name=f"start-{attempt}", storage_path=str(out / "ray_train")),
-            )
-            error = _fit(trainer)
+        died: list[str] = []
+        for attempt in _attempts(out, died):
+            error = _fit(_trainer(config, told, out / "ray_train", attempt))
             mistake = ray.get(keeper.mistake.remote())
             if mistake is not None:
                 raise RadioError(mistake)
             if error is None:
                 break
+            died.append(error)
             log.warning("a student process died (%s); starting them again", error)
         result = result_of(config)
         if stop.requested or not result.finished:
@@ -106,7 +100,38 @@ def train_with_workers(config: Config) -> RunResult:
         return result
 
 
-def _attempts(out: Path) -> Any:
+def _trainer(config: Config, told: dict[str, Any], folder: Path, attempt: int) -> Any:
+    """Return Ray Train's trainer of a start."""
+    from ray.train.torch import TorchConfig, TorchTrainer  # six seconds
+    from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
+
+    cuda, parallel = device_of(config).type == "cuda", config.parallel
+    workers: Any = parallel.workers  # a pair is elastic
+    if parallel.min_workers is not None:
+        workers = parallel.min_workers, parallel.workers
+    scaling: Any = ScalingConfig(
+        num_workers=workers,
+        use_gpu=cuda,
+        resources_per_worker={"CPU": 1, **({"GPU": 1} if cuda else {})},
+        label_selector=parallel.labels or None,
+    )
+    patience = max(1, int(config.cluster.give_up_seconds / GROUP_SECONDS))
+    run: Any = RunConfig(
+        name=f"start-{attempt}",
+        storage_path=str(folder),
+        failure_config=FailureConfig(controller_failure_limit=patience),
+    )
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    return TorchTrainer(
+        _student,
+        train_loop_config=told,
+        torch_config=TorchConfig(backend, timeout_s=int(PATIENCE.total_seconds())),
+        scaling_config=scaling,
+        run_config=run,
+    )
+
+
+def _attempts(out: Path, died: Sequence[str]) -> Iterator[int]:
     """Yield the numbers of starts, until RESTARTS of them end without a new checkpoint.
 
     Raises:
@@ -119,19 +144,26 @@ def _attempts(out: Path) -> Any:
         vain = 0 if newest != before else vain + 1
         attempt, before = attempt + 1, newest
     raise RadioError(
-        f"the student's processes died {vain} times without a new checkpoint; see the Ray logs, "
-        f"and {out / 'ray_train'} (is a node out of memory?)"
+        f"the student's processes died {vain} times without a new checkpoint, the last time of: "
+        f"{died[-1]}; see the Ray logs, and {out / 'ray_train'}"
     )
 
 
 def _fit(trainer: Any) -> str | None:
-    """Run the processes to their end; return in a line what killed one."""
+    """Run the processes to their end; return in a line what killed one.
+
+    In a thread, since in the main one Ray Train takes Ctrl-C for itself and ends without a save.
+    """
     from ray.train import TrainingFailedError
 
+    with ThreadPoolExecutor(1) as thread:
+        ended = thread.submit(trainer.fit)
+        while not ended.done():
+            wait([ended], timeout=LOOK_SECONDS)  # signals come in between
     try:
-        trainer.fit()
+        ended.result()
     except TrainingFailedError as error:
-        return " ".join(str(error).split())[:300]
+        return " ".join(str(error).split())[:500]
     return None
 
 

@@ -28,10 +28,10 @@ class Window:
 
     @property
     def steps(self) -> int:
-        """Steps that may be in flight now, 1 at least."""
+        """Steps that may be in flight now, 1 at least, beside the one that the student works on."""
         if not self._largest:
             return 1
-        return max(1, min(self.most, int(self.room // self._largest)))
+        return max(1, min(self.most, int(self.room // self._largest) - 1))
 
     def saw(self, answers: Mapping[str, Mapping[int, CodedTarget]], step: int) -> None:
         """Note the bytes of a step's targets.

@@ -20,8 +20,12 @@ FEEDERS = "feeders"
 
 @dataclass
 class Workers:
-    """Handles of started workers, which may be sent to other processes, and teachers' facts."""
+    """Handles of started workers, which may be sent to other processes, and teachers' facts.
 
+    `sources` is a reference to the pictures' index, inside a list, which every call takes along.
+    """
+
+    sources: list[Any]
     replicas: dict[str, list[Any]]
     feeders: list[Any]
     facts: dict[str, TeacherFacts] = field(default_factory=dict)
@@ -34,36 +38,45 @@ class Workers:
         Raises:
             RadioError: a teacher cannot be built, or a worker has no place.
         """
-        workers = cls({}, [])
+        workers = cls([ray.put(dict(sources))], {}, [])
         try:
             for name in config.teachers:
-                workers.replicas[name], group = replicas_of(config, name, sources)
+                workers.replicas[name], group = replicas_of(config, name)
                 if group is not None:
                     workers.groups.append(group)
-            workers.feeders = feeders_of(config, sources)
+            workers.feeders = feeders_of(config)
             starting = dict(workers.replicas)
             if workers.feeders:
                 starting[FEEDERS] = workers.feeders
-            said = wait_until_ready(config, starting)
+            said = wait_until_ready(config, starting, workers.sources)
             workers.facts = {name: said[name] for name in config.teachers}
         except BaseException:
             workers.close()
             raise
         return workers
 
-    def connect(self, config: Config) -> tuple[Pool | None, dict[str, Pool]]:
-        """Return this process's own view of the feeders, if any, and of each teacher's pool."""
-        cluster = config.cluster
+    def connect(self, config: Config, rank: int = 0) -> tuple[Pool | None, dict[str, Pool]]:
+        """Return this process's own view of the feeders, if any, and of each teacher's pool.
+
+        Students begin with different replicas, as each knows its own calls alone.
+        """
+        cluster, greeting = config.cluster, (self.sources,)
         limits = cluster.call_timeout_seconds, cluster.give_up_seconds
         feeders = None
         if self.feeders:  # half the time, so that a hung feeder is not taken for a hung teacher
-            feeders = Pool("a feeder", self.feeders, limits[0] / 2, limits[1])
-        pools = {
-            name: Pool(
-                f"teacher '{name}'", handles, *limits, cluster.hedge, self.facts[name], feeders
+            feeders = Pool("a feeder", self.feeders, limits[0] / 2, limits[1], greeting=greeting)
+        pools = {}
+        for name, handles in self.replicas.items():
+            first = rank % len(handles)
+            pools[name] = Pool(
+                f"teacher '{name}'",
+                [*handles[first:], *handles[:first]],
+                *limits,
+                cluster.hedge,
+                self.facts[name],
+                feeders,
+                greeting,
             )
-            for name, handles in self.replicas.items()
-        }
         return feeders, pools
 
     def close(self) -> None:

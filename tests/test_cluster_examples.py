@@ -31,6 +31,7 @@ def test_the_rayjob_trains_on_nodes_that_it_asks_for() -> None:
     groups = {group["groupName"]: group for group in cluster["workerGroupSpecs"]}
     assert config.parallel.workers == groups["student"]["replicas"]
     assert config.parallel.min_workers == groups["student"]["minReplicas"]
+    assert config.parallel.labels == groups["student"]["labels"]
     assert set(config.cluster.pools) == set(config.teachers)
     labels = groups["teacher"]["labels"]
     pools = config.cluster.pools.values()

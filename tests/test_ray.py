@@ -129,10 +129,10 @@ def test_a_mistake_in_a_teacher_arrives_as_itself(running: None, tmp_path: Path)
 
 def test_an_older_students_call_is_refused(stream: RayStream) -> None:
     replica = stream.pools["words"].replicas[0].handle
-    request = Request("train", "bf16", {})
-    assert ray.get(replica.encode.remote((), request, 2)) == {}
+    request, sources = Request("train", "bf16", {}), stream._workers.sources
+    assert ray.get(replica.encode.remote(sources, (), request, 2)) == {}
     with pytest.raises(Exception, match=r"incarnation 2.*incarnation 1 came late"):
-        ray.get(replica.encode.remote((), request, 1))
+        ray.get(replica.encode.remote(sources, (), request, 1))
 
 
 def test_a_wrong_address_is_explained() -> None:

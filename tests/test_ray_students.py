@@ -117,8 +117,10 @@ def test_a_killed_worker_costs_no_step(alone: tuple[Path, Path]) -> None:
     process = started(config, root)
     wait_for(lambda: newest_checkpoint(Path(config.out) / "checkpoints") is not None)
     os.kill(student_pids()[-1], signal.SIGKILL)
+    assert len(losses_of(config.out)) < 12  # it was not over yet
     printed, _ = process.communicate(timeout=400)
     assert process.returncode == 0, printed[-4000:]
+    assert len(list((Path(config.out) / "ray_train").glob("start-*"))) == 2
     assert_close(Path(config.out), expected)
 
 
@@ -149,6 +151,8 @@ def test_ctrl_c_ends_between_two_steps_and_the_same_command_goes_on(
     process.communicate(timeout=400)
     assert process.returncode != 0
     assert not (Path(config.out) / ".stop").exists()
+    newest = newest_checkpoint(Path(config.out) / "checkpoints")
+    assert newest is not None and int(newest.name[-6:]) == len(losses_of(config.out)) < 12
     finished(config, root)
     assert_close(Path(config.out), expected)
 

@@ -54,7 +54,7 @@ def test_a_run_that_waits_says_for_whom(tmp_path: Path) -> None:
     assert found.seconds_per_step == 2.0 and found.eta_seconds == 14.0
     assert found.teachers[0].wait_share == pytest.approx(0.4)
     assert "waits 45% of a step, most of all for 'words'" in found.advice
-    assert "+cluster.pools={words: {replicas: 2}}" in found.advice
+    assert "give it 2 replicas (cluster.pools)" in found.advice
     assert "stream=ray" in status(written(tmp_path / "b", [record(1, 2.0, waits)])).advice
     with FileLock(run / ".lock"):
         assert status(run).state == "running"

@@ -7,6 +7,7 @@ change a result, so a lost call is simply made again, anywhere.
 from __future__ import annotations
 
 import hashlib
+import socket
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -261,7 +262,14 @@ class TargetMaker:
         return self._standardizers[file.sha256].transform_map(features)
 
     def _load(self, file: StandardizerFile) -> Standardizer:
-        if StandardizerFile.of(Path(file.path)).sha256 != file.sha256:
+        try:
+            found = StandardizerFile.of(Path(file.path)).sha256
+        except OSError as error:
+            raise RadioError(
+                f"teacher '{self.name}' cannot read {file.path} on {socket.gethostname()} "
+                f"({error.strerror}); out= must lie on storage that every node sees"
+            ) from error
+        if found != file.sha256:
             raise RadioError(
                 f"{file.path} changed under the run; run `radio fit` into a new out folder"
             )

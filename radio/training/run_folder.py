@@ -35,6 +35,7 @@ FREE = (
     "parallel.placement",
     "parallel.workers",
     "parallel.min_workers",
+    "parallel.labels",
 )
 HELD_SECONDS = 60.0  # that a process which was killed may still hold its run's folder
 

@@ -106,9 +106,11 @@ def advice(config: Config, teachers: Sequence[TeacherStatus], wait_share: float 
     if not any(teacher.waited_seconds for teacher in teachers):
         return f"{wait_share:.0%} of a step goes into reading targets and pictures"
     slowest = max(teachers, key=lambda teacher: teacher.waited_seconds)
+    pool = config.cluster.pools.get(slowest.name)
+    replicas = (pool and pool.replicas) or config.cluster.replicas
     return (
         f"the student waits {wait_share:.0%} of a step, most of all for '{slowest.name}'; where "
-        f"there is room: +cluster.pools={{{slowest.name}: {{replicas: 2}}}}"
+        f"there is room, give it {replicas + 1} replicas (cluster.pools)"
     )
 
 

@@ -33,7 +33,7 @@ from radio.training.checkpoint import (
 )
 from radio.training.learner import Learner
 from radio.training.metrics import Row, describe, held_out_rows
-from radio.training.parallel import leader_first, merged
+from radio.training.parallel import from_leader, leader_first, merged
 from radio.training.pictures import report_pictures
 from radio.training.report import write_report
 from radio.training.run_folder import RunFolder
@@ -242,7 +242,8 @@ class StudentRun:
 
     def _resume(self) -> int:
         """Restore the newest checkpoint and return its step, or 0."""
-        path = newest_checkpoint(self.run.checkpoints)
+        # The leader's word: a folder may look different elsewhere, or still be written to.
+        path = from_leader(lambda: newest_checkpoint(self.run.checkpoints), self.ranks)
         if path is None:
             self.run.cut(0)
             return 0
