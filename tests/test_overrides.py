@@ -20,7 +20,7 @@ from radio.training.losses import FEATURE_LOSSES, SUMMARY_LOSSES
 
 pytestmark = pytest.mark.usefixtures("no_report")
 # Keys of Hydra's own shape (groups, lists of dataclasses), which overrides reach by their leaves.
-CONTAINERS = ("teachers", "students", "stages")
+CONTAINERS = ("teachers", "students", "stages", "pools")
 
 
 def leaves(section: type, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -71,6 +72,7 @@ class Echo:
 
 @pytest.fixture
 def pool(running: None) -> Iterator[Pool]:
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers lack this module
     remote = ray.remote(Echo).options(num_cpus=0.1, max_restarts=-1, max_task_retries=0)
     pool = Pool("an echo", [remote.remote() for _ in range(2)], 60, 120, hedge=2, expected="ready")
     pids_of(pool)
@@ -138,6 +140,7 @@ def test_a_mistake_arrives_as_itself_and_is_not_tried_again(pool: Pool) -> None:
     assert pool.retries == 0
 
 
+@pytest.mark.slow
 def test_what_kills_every_replica_is_given_up(pool: Pool) -> None:
     ask = pool.ask(lambda handle, first: handle.die.remote(), "step 7")
     with pytest.raises(RadioError, match=r"an echo did not answer step 7 .*2 of 2 replicas"):
@@ -145,6 +148,7 @@ def test_what_kills_every_replica_is_given_up(pool: Pool) -> None:
     assert pool.retries == 2 * (MOST_DEATHS + 1)
 
 
+@pytest.mark.slow
 def test_another_teacher_on_another_node_is_refused(pool: Pool) -> None:
     pool.expected = "something else"
     os.kill(pids_of(pool)[0], signal.SIGKILL)
@@ -248,9 +252,10 @@ def test_teachers_sleep_where_a_stage_does_not_use_them(running: None, tmp_path:
         assert "parts" in coded[0] and ray.get(sleepers.awake.remote())
 
 
+@pytest.mark.slow
 def test_what_has_no_place_says_what_would_fit(running: None, tmp_path: Path) -> None:
     config = tiny_config(tmp_path)
-    config.cluster.give_up_seconds = 8.0
+    config.cluster.give_up_seconds = 30.0
     config.cluster.pools = {"words": PoolConfig(replicas=2, cpus=7.0)}
     with pytest.raises(RadioError) as caught:
         RayStream(config)
@@ -262,6 +267,7 @@ def test_what_has_no_place_says_what_would_fit(running: None, tmp_path: Path) ->
         RayStream(config)
 
 
+@pytest.mark.slow
 def test_a_placement_group_and_its_end(running: None, tmp_path: Path) -> None:
     config = tiny_config(tmp_path)
     config.cluster.pools = {"words": PoolConfig(replicas=2, strategy="STRICT_PACK")}

@@ -126,6 +126,7 @@ def test_unknown_balances_and_options_are_named(tmp_path: Path) -> None:
 
 def test_a_window_trains_and_is_refused_where_it_cannot_be(tmp_path: Path, plain: Path) -> None:
     config = tiny_config(tmp_path, steps=2)
+    config.student.num_global = 1  # of four blocks; four of four would leave no window
     high = config.stages[0].partitions["high"]
     high.window = 2
     with pytest.raises(RadioError, match=r"high\.window goes with no token merging"):
