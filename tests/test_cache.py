@@ -23,6 +23,7 @@ from radio.checks import check
 from radio.config import Config
 from radio.data.configured import training_plan
 from radio.data.plan import PartitionSpec, StepSpec, ViewSpec
+from radio.data.ranks import Ranks
 from radio.data.shards import open_images
 from radio.errors import RadioError
 from radio.targets import codec
@@ -163,6 +164,27 @@ def test_an_epoch_that_comes_again_is_found(tmp_path: Path) -> None:
         steps = [coded for _, coded in stream.encode(specs_of(config, range(9)), BF16)]
     assert {step for step, *_ in live.asked} == {0, 1, 2}
     assert all(same_bits(steps[at], steps[at % 3]) for at in range(9))
+
+
+def test_what_one_process_keeps_two_find(tmp_path: Path) -> None:
+    """Micro-shards are kept, whoever takes them; joined they are the whole, bit for bit."""
+    config = cached_config(tmp_path)
+    config.parallel.micro_shard = 1
+    config.stages[0].partitions["low"].batch = 4
+    (Path(config.data.train) / "p003.png").write_bytes(b"no picture")
+    specs, stage = specs_of(config, range(4)), training_plan(config, 24).stages[0]
+    with closing(LocalStream(config)) as local:
+        live = [coded for _, coded in local.encode(specs, BF16)]
+    with closing(CachedStream(config, lambda: LocalStream(config))) as stream:
+        made = [coded for _, coded in stream.encode(specs, BF16)]
+    assert all(same_bits(a, b) for a, b in zip(made, live, strict=True))
+    for rank in range(2):
+        shares = [Ranks(rank, 2).share(spec, stage) for spec in specs]
+        with closing(LocalStream(config)) as local:
+            live = [coded for _, coded in local.encode(shares, BF16)]
+        with closing(CachedStream(config, never)) as stream:
+            found = [coded for _, coded in stream.encode(shares, BF16)]
+        assert all(same_bits(a, b) for a, b in zip(found, live, strict=True))
 
 
 @pytest.mark.parametrize("name", codec.CODECS)

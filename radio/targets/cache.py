@@ -1,6 +1,6 @@
 """CachedStream: targets of views that repeat are made once, kept in a folder and found again.
 
-What is kept is one teacher's coded target of one partition of one step, which comes back whole,
+What is kept is one teacher's coded target of one micro-shard of one step, which comes back whole,
 as `data.repeat_epochs` repeats whole steps. Its key covers everything that decides its bits but
 the machine and the versions of the libraries.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import torch
 
 from radio.config import Config
 from radio.data.plan import PartitionSpec, StepSpec
+from radio.data.ranks import micro_shards
 from radio.data.shards import ImageSource
 from radio.errors import RadioError
 from radio.targets.cache_key import identity, target_key
@@ -102,6 +103,20 @@ class CachedStream:
         Raises:
             RadioError: the folder cannot be written, or a teacher is another one than it was.
         """
+        whole: deque[StepSpec] = deque()
+
+        def in_shards() -> Iterator[StepSpec]:
+            for spec in specs:
+                whole.append(spec)
+                yield _in_shards(spec)
+
+        for _, coded in self._encode(in_shards(), request, incarnation):
+            spec = whole.popleft()
+            yield spec, _joined(spec, coded)
+
+    def _encode(
+        self, specs: Iterable[StepSpec], request: Request, incarnation: int
+    ) -> Iterator[tuple[StepSpec, Coded]]:
         looked_up = ((spec, self._look_up(spec, request)) for spec in specs)
         for spec, found in looked_up:
             if any(partition.modes for partition in _missing(spec, found).partitions):
@@ -206,6 +221,44 @@ def _missing(spec: StepSpec, found: Coded) -> StepSpec:
         modes = {name: mode for name, mode in partition.modes.items() if name not in known}
         partitions.append(replace(partition, modes=modes))
     return replace(spec, partitions=tuple(partitions))
+
+
+def _in_shards(spec: StepSpec) -> StepSpec:
+    """Return the step with each micro-shard as a partition of its own.
+
+    A process takes whole ones, and no forward mixes two, so that what is kept does not depend on
+    how many processes there are.
+    """
+    shards = [shard for partition in spec.partitions for shard in micro_shards(partition)]
+    return replace(spec, partitions=tuple(shards))
+
+
+def _joined(spec: StepSpec, coded: Coded) -> Coded:
+    """Return the targets of a step's whole partitions from those of their micro-shards."""
+    rest = iter(coded)
+    joined: Coded = []
+    for partition in spec.partitions:
+        parts = list(itertools.islice(rest, len(partition.shards)))
+        joined.append({name: _one([part[name] for part in parts]) for name in partition.modes})
+    return joined
+
+
+def _one(targets: Sequence[CodedTarget]) -> CodedTarget:
+    """Return one teacher's targets of several micro-shards as one."""
+    if len(targets) == 1:
+        return targets[0]
+    summaries = [target.summary for target in targets if target.summary is not None]
+    offsets = [target.offsets for target in targets if target.offsets is not None]
+    return CodedTarget(
+        np.concatenate(summaries) if summaries else None,
+        np.concatenate([target.features for target in targets]),
+        np.concatenate([target.valid for target in targets]),
+        tuple(key for target in targets for key in target.keys),
+        {key: reason for target in targets for key, reason in target.damaged.items()},
+        sum(target.seconds for target in targets),
+        tuple(pair for each in offsets for pair in each) if offsets else None,
+        sum(target.waited for target in targets),
+    )
 
 
 def _what(name: str) -> str:
