@@ -3,7 +3,9 @@
     python -m benchmarks.findings [NAME ...] [--data sets] [--seeds 3] [--steps N]
 
 A run that was killed goes on, and what has been measured of the same configuration is kept: JSON in
-benchmarks/results/findings/NAME/ARM-SEED.json. Runs, kept targets and pictures lie in --work.
+benchmarks/results/findings/NAME/ARM-SEED.json. Runs, kept targets and pictures lie in --work. Two
+processes of one thread each, with a --work and seeds (--only) of their own, do more in an hour than
+one of two threads; but measure `mosaic`, which times SAM, alone.
 """
 
 from __future__ import annotations
@@ -72,6 +74,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(FINDINGS)}")
     parser.add_argument("--data", type=Path, default=Path("sets"))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", type=int, nargs="+", metavar="SEED", help="these seeds alone")
+    parser.add_argument("--threads", type=int, help="of student and teachers; those of a run else")
     parser.add_argument("--steps", type=int, help="of a run; those of the experiment if not given")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "findings")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "findings.md")
@@ -85,8 +89,10 @@ def _measure(options: argparse.Namespace) -> None:
     """Measure seed by seed, so that an early end leaves whole seeds."""
     os.environ.setdefault("RADIO_CACHE", str(options.work / "features"))
     material = put_together(options.data, options.work / "material")
-    workshop = Workshop(options.work, material, options.teachers, options.steps)
-    for seed in range(options.seeds):
+    threads = [f"threads.{who}={options.threads}" for who in ("student", "teacher")]
+    overrides = tuple(threads) if options.threads else ()
+    workshop = Workshop(options.work, material, options.teachers, options.steps, overrides)
+    for seed in options.only or range(options.seeds):
         for name in options.names or FINDINGS:
             for arm in FINDINGS[name].arms:
                 started = time.perf_counter()
