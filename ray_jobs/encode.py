@@ -25,7 +25,7 @@ AHEAD = 2  # blocks of rows that a worker has to do
 
 
 @dataclass(frozen=True)
-class Asked:
+class Treatment:
     """What every worker must know of the work, its encoder by name or path."""
 
     model: str
@@ -38,7 +38,7 @@ class Asked:
 class EncoderActor:
     """Encodes rows of a plan by their numbers."""
 
-    def __init__(self, asked: Asked, threads: int, home: str) -> None:
+    def __init__(self, asked: Treatment, threads: int, home: str) -> None:
         torch.set_num_threads(threads)
         if Path(home).is_dir():
             os.chdir(home)
@@ -88,7 +88,7 @@ def ray_encoded(
 
     def encode(rows: Sequence[Row], work: Work) -> Iterator[Encoded]:
         own = threads or max(1, (os.cpu_count() or 1) // workers)
-        asked = Asked(model, work.features, work.size, work.merge_to, work.batch)
+        asked = Treatment(model, work.features, work.size, work.merge_to, work.batch)
         remote: Any = ray.remote(EncoderActor).options(
             num_cpus=1,
             max_restarts=-1,

@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from radio.errors import RadioError
 from radio.targets.cache import open_stream
 from radio.targets.stream import Stream, device_of, open_sources
 from radio.training.checkpoint import newest_checkpoint
-from radio.training.distill import distill
+from radio.training.distill import distill, students_of
 from radio.training.parallel import PATIENCE
 from radio.training.stop import asked_by_file
 from radio.training.student_run import RunResult, result_of
@@ -94,7 +95,8 @@ def train_with_workers(config: Config) -> RunResult:
                 break
             died.append(error)
             log.warning("a student process died (%s); starting them again", error)
-        result = result_of(config)
+        first, *others = map(result_of, students_of(config).values())
+        result = replace(first, students=dict(zip(config.students, others, strict=True)))
         if stop.requested or not result.finished:
             raise KeyboardInterrupt
         return result

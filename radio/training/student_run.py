@@ -332,7 +332,7 @@ def held_out_specs(
 
 
 def result_of(config: Config) -> RunResult:
-    """Return the result of a run that other processes have finished, from its folder.
+    """Return the result of one student's run that other processes have trained, from its folder.
 
     Raises:
         RadioError: it has no checkpoint.
@@ -340,17 +340,9 @@ def result_of(config: Config) -> RunResult:
     run = RunFolder(Path(config.out))
     checkpoint = find_checkpoint(run.path)
     done, planned = checkpoint.step, sum(stage.steps for stage in config.stages)
-    names = {
-        name: replace(config, out=str(run.path / "students" / name)) for name in config.students
-    }
+    before, after = _rows_of(run, 0), _rows_of(run, done)
     return RunResult(
-        run.path,
-        done,
-        done == planned,
-        _rows_of(run, 0),
-        _rows_of(run, done),
-        dict(checkpoint.state["damaged"]),
-        {name: result_of(replace(other, students={})) for name, other in names.items()},
+        run.path, done, done == planned, before, after, dict(checkpoint.state["damaged"])
     )
 
 
