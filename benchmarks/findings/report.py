@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 
 from benchmarks.findings.compare import (
     AGREES,
@@ -23,6 +24,7 @@ from benchmarks.findings.records import Record, read
 from benchmarks.markdown import NONE, brackets, number, table, write_page
 from radio.errors import RadioError
 
+PLURAL = {AGREES: "agree", DISAGREES: "disagree"}
 MOST_COLUMNS = 10  # of a table that still fits a page
 OPENING = """# Findings at pocket scale
 <!-- made by `make findings`; do not edit -->
@@ -107,19 +109,22 @@ def tally(compared: Sequence[Compared]) -> str:
     """Return how often what is measured agrees with the paper, of what it has a direction for."""
     words = Counter(each.verdict for each in compared if each.comparison.paper is not None)
     kinds = [word for word in (AGREES, DISAGREES, NOT_RESOLVED) if words[word]]
-    return ", ".join(f"{words[word]} {word}" for word in kinds) or "not measured"
+    told = (
+        f"{words[word]} {word if words[word] == 1 else PLURAL.get(word, word)}" for word in kinds
+    )
+    return ", ".join(told) or "not measured"
 
 
 def provenance(records: Sequence[Record]) -> str:
     """Say how much was trained, in which time, from which commit."""
     seeds = sorted({record.seed for record in records})
-    seconds = max(record.said["seconds"]["train"] for record in records)
+    seconds = median(record.said["seconds"]["train"] for record in records)
     images = sorted({record.said["images"] for record in records})
     commits = sorted({record.said["commit"] for record in records})
     return (
         f"Arms: {len(arms_of(records))}; seeds {', '.join(map(str, seeds))}; "
-        f"{' or '.join(f'{count:,}' for count in images)} pictures a run, at most {seconds:.0f} s "
-        f"of training alone; commit {', '.join(commits)}."
+        f"{' or '.join(f'{count:,}' for count in images)} pictures a run, {seconds:.0f} s of "
+        f"training in the median; commit {', '.join(commits)}."
     )
 
 
