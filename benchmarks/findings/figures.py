@@ -71,6 +71,7 @@ def _rows(axes: Axes, panel: Values) -> None:
     axes.grid(axis="x", linewidth=0.4)
     axes.set_axisbelow(True)
     axes.margins(x=0.1, y=0.1)
+    axes.locator_params(axis="x", nbins=5)  # labels of a narrow panel would run into each other
 
 
 def _lines(figure: Figure, finding: Finding, records: Sequence[Record]) -> None:
