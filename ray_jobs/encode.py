@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -63,16 +64,17 @@ class EncoderActor:
         """Return the process id."""
         return os.getpid()
 
-    def encode(self, plan: list[Any], start: int, stop: int) -> list[dict[str, Any]]:
-        """Return what becomes of the rows: the fields of `Encoded` but the row itself.
+    def encode(self, plan: list[Any], start: int, stop: int) -> tuple[list[dict[str, Any]], float]:
+        """Return what becomes of the rows (the fields of `Encoded` but the row), and the seconds.
 
         The plan, all rows, comes by a reference inside a list, and is fetched once.
         """
         self._rows = self._rows or ray.get(plan[0])
+        started = time.perf_counter()
         found = [dict(vars(item)) for item in encoded(self._rows[start:stop], self.work)]
         for item in found:
             del item["row"]
-        return found
+        return found, time.perf_counter() - started
 
 
 @contextmanager
@@ -97,7 +99,7 @@ def ray_encoded(
         )
         plan = ray.put(rows)  # once, not with every worker
         handles = [remote.remote(asked, own, os.getcwd()) for _ in range(workers)]
-        limits = config.call_timeout_seconds, config.give_up_seconds
+        limits = config.call_timeout_seconds, config.give_up_seconds, config.hedge
         pool = Pool("an encoder", handles, *limits, expected=work.fingerprint)
         for replica in pool.replicas:
             replica.knock()  # no work before the encoder is there, and is the one that is here
@@ -129,7 +131,9 @@ def _in_order(rows: Sequence[Row], plan: Any, pool: Pool, size: int) -> Iterator
             rest([(pool, first)])
             pool.watch()
         in_flight.popleft()
-        for at, said in enumerate(first.value, start=start):
+        found, seconds = first.value
+        pool.took(seconds)
+        for at, said in enumerate(found, start=start):
             yield Encoded(rows[at], **said)
 
 

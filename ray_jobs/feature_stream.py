@@ -71,6 +71,8 @@ class RayStream:
         self._owned = workers is None
         self._rank, self._ranks = ranks_here()
         self.feeders, self.pools = self._workers.connect(config, self._rank)
+        self._window = Window(config.cluster, room_in_store() / self._ranks)
+        self._ahead: list[deque[Asked]] = []  # steps in flight of each who reads this stream
         self._awake = set(self.pools)
         self._views: dict[tuple[int, Reading], Any] = {}  # of the step that is handed out
         self.gauges = Gauges(self.pools)
@@ -114,32 +116,36 @@ class RayStream:
         """
         waiting = iter(specs)
         in_flight: deque[Asked] = deque()
-        window = Window(self.config.cluster, room_in_store() / self._ranks)
-        self._fill(in_flight, window, waiting, request, incarnation)
-        while in_flight:
-            asked, answers = in_flight[0], self._answers(in_flight)
-            window.saw(answers, asked.spec.step)
-            in_flight.popleft()
-            self._fill(in_flight, window, waiting, request, incarnation)  # before the student works
-            coded = [
-                {name: answers[name][number] for name in partition.modes}
-                for number, partition in enumerate(asked.spec.partitions)
-            ]
-            self._views = asked.fed
-            yield asked.spec, coded
+        self._ahead.append(in_flight)
+        try:
+            self._fill(in_flight, waiting, request, incarnation)
+            while in_flight:
+                asked, answers = in_flight[0], self._answers(in_flight)
+                self._window.saw(answers, asked.spec.step)
+                in_flight.popleft()
+                self._fill(in_flight, waiting, request, incarnation)  # before the student works
+                coded = [
+                    {name: answers[name][number] for name in partition.modes}
+                    for number, partition in enumerate(asked.spec.partitions)
+                ]
+                self._views = asked.fed
+                yield asked.spec, coded
+        finally:
+            self._ahead = [each for each in self._ahead if each is not in_flight]
 
     def _fill(
         self,
         in_flight: deque[Asked],
-        window: Window,
         waiting: Iterator[StepSpec],
         request: Request,
         incarnation: int,
     ) -> None:
-        while len(in_flight) < window.steps and (spec := next(waiting, None)) is not None:
-            if (
-                request.split == "train" and request.standardizers
-            ):  # no fit, whose stages are its own
+        others = sum(map(len, self._ahead)) - len(in_flight)
+        training = request.split == "train" and bool(request.standardizers)  # no fit
+        while len(in_flight) < self._window.steps(others):
+            if (spec := next(waiting, None)) is None:
+                return
+            if training:
                 self._let_sleep(spec)
             in_flight.append(self._ask(spec, request, incarnation))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,39 +22,86 @@ log = logging.getLogger("ray_jobs")
 STILL_WAITING_SECONDS = 15.0
 
 
-def replicas_of(config: Config, name: str) -> tuple[list[Any], PlacementGroup | None]:
-    """Start the replicas of a teacher, and their placement group where they have one."""
-    wanted = pool_of(config, name)
-    resources = reserved(config, name)
-    options: dict[str, Any] = {
-        "num_cpus": resources.get("CPU", 0),
-        "num_gpus": resources.get("GPU", 0),
-        "memory": resources.get("memory", 0),
-        "runtime_env": _threads(config.threads.teacher),
-    }
-    group = None
-    if wanted.strategy is not None:
-        count = wanted.replicas or config.cluster.replicas
-        labels = [wanted.labels] * count if wanted.labels else None
-        group = placement_group([resources] * count, wanted.strategy, bundle_label_selector=labels)
-        options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group)
-    elif wanted.labels:
-        options["label_selector"] = wanted.labels
-    start = _starter(TeacherActor, options)
+def replicas_of(config: Config, name: str) -> tuple[list[Any], list[PlacementGroup]]:
+    """Start the replicas of a teacher, and the placement groups that keep their places.
+
+    Each has a place of its own, or all have one group with the pool's `strategy`.
+
+    Raises:
+        RadioError: a strategy for what reserves nothing.
+    """
+    wanted, resources = pool_of(config, name), reserved(config, name)
     count = wanted.replicas or config.cluster.replicas
-    return [start(config, name, os.getcwd()) for _ in range(count)], group
+    if wanted.strategy is not None and not resources:
+        raise RadioError(
+            f"cluster.pools.{name} reserves nothing, and a placement group ({wanted.strategy}) "
+            "places what is reserved; give it cpus, gpus or memory_mb, or no strategy"
+        )
+    start = _starter(TeacherActor, resources, wanted.labels, config.threads.teacher)
+    places = _places(resources, wanted.labels, count, wanted.strategy)
+    return [start(place, config, name, os.getcwd()) for place in places], _groups(places)
 
 
-def feeders_of(config: Config) -> list[Any]:
-    """Start the feeders."""
-    start = _starter(Feeder, {"num_cpus": 1, "runtime_env": _threads(1)})
-    return [start(config, os.getcwd()) for _ in range(config.cluster.feeders)]
+def feeders_of(config: Config) -> tuple[list[Any], list[PlacementGroup]]:
+    """Start the feeders, and the placement groups that keep their places."""
+    resources = {"CPU": 1.0}
+    start = _starter(Feeder, resources, {}, 1)
+    places = _places(resources, {}, config.cluster.feeders, None)
+    return [start(place, config, os.getcwd()) for place in places], _groups(places)
 
 
-def _starter(kind: type, options: Mapping[str, Any]) -> Callable[..., Any]:
-    # The pool asks again itself, so that losses are seen.
-    remote: Any = ray.remote(kind).options(max_restarts=-1, max_task_retries=0, **options)
-    start: Callable[..., Any] = remote.remote
+Place = tuple[PlacementGroup, int] | None  # a group, and the number of a bundle in it
+
+
+def _places(
+    resources: dict[str, float], labels: Mapping[str, str], count: int, strategy: str | None
+) -> list[Place]:
+    """Reserve what replicas need; kept while one is started anew, so that nobody takes its place.
+
+    What reserves nothing needs no place.
+    """
+    if not resources:
+        return [None] * count
+
+    def group(size: int, strategy: str) -> PlacementGroup:
+        selectors = [dict(labels)] * size if labels else None
+        made: PlacementGroup = placement_group(
+            [resources] * size, strategy, bundle_label_selector=selectors
+        )
+        return made
+
+    if strategy is None:
+        return [(group(1, "PACK"), 0) for _ in range(count)]
+    together = group(count, strategy)
+    return [(together, number) for number in range(count)]
+
+
+def _groups(places: Sequence[Place]) -> list[PlacementGroup]:
+    return list({place[0].id: place[0] for place in places if place is not None}.values())
+
+
+def _starter(
+    kind: type, resources: Mapping[str, float], labels: Mapping[str, str], threads: int
+) -> Callable[..., Any]:
+    """Return what starts a worker at a place."""
+
+    def start(place: Place, *arguments: Any) -> Any:
+        options: dict[str, Any] = {}
+        if place is not None:
+            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(*place)
+        elif labels:
+            options["label_selector"] = dict(labels)
+        remote: Any = ray.remote(kind).options(
+            num_cpus=resources.get("CPU", 0),
+            num_gpus=resources.get("GPU", 0),
+            memory=resources.get("memory", 0),
+            runtime_env=_threads(threads),
+            max_restarts=-1,
+            max_task_retries=0,  # the pool asks again itself, so that losses are seen
+            **options,
+        )
+        return remote.remote(*arguments)
+
     return start
 
 
@@ -86,11 +134,9 @@ def wait_until_ready(
         RadioError: a worker cannot be built, or got no place in `cluster.give_up_seconds`; says
             what was asked, what the nodes offer and what would fit.
     """
-    refs = {
-        handle.ready.remote(sources): name
-        for name, handles in starting.items()
-        for handle in handles
-    }
+    handles = [(name, handle) for name, each in starting.items() for handle in each]
+    unplaced = {handle.__ray_ready__.remote(): name for name, handle in handles}
+    refs = {handle.ready.remote(sources): name for name, handle in handles}
     log.info("starting in Ray actors: %s", ", ".join(starting))
     said: dict[str, Any] = {}
     started = time.monotonic()
@@ -104,13 +150,15 @@ def wait_until_ready(
                     f"'{name}' has other weights or options on another node; give every node the "
                     "same files"
                 )
+        for ref in ray.wait(list(unplaced), num_returns=len(unplaced), timeout=0)[0]:
+            del unplaced[ref]
         waited = time.monotonic() - started
         if refs and (waited > config.cluster.give_up_seconds or not done):
-            missing = {name: list(refs.values()).count(name) for name in refs.values()}
-            short = shortage(config, missing, {n: len(h) for n, h in starting.items()})
+            asked = {name: len(each) for name, each in starting.items()}
+            late = _late(config, asked, Counter(unplaced.values()), Counter(refs.values()))
             if waited > config.cluster.give_up_seconds:
-                raise RadioError(f"not started after {waited:.0f} s: {short}")
-            log.info("waiting (%.0f s): %s", waited, short)
+                raise RadioError(f"not started after {waited:.0f} s: {late}")
+            log.info("waiting (%.0f s): %s", waited, late)
     return said
 
 
@@ -133,6 +181,16 @@ def _said(name: str, ref: Any) -> Any:
         ) from error
 
 
+def _late(
+    config: Config, asked: Mapping[str, int], unplaced: Counter[str], unready: Counter[str]
+) -> str:
+    """Say for whom there is no place, and else who has one and is building itself."""
+    if unplaced:
+        return shortage(config, unplaced, asked)
+    loading = (f"{count} of {asked[name]} of '{name}'" for name, count in unready.items())
+    return f"loading, each in its place: {', '.join(loading)}"
+
+
 def _line_with(text: str, part: str) -> str:
     return next(line.strip() for line in text.splitlines() if part in line)
 
@@ -153,12 +211,13 @@ def shortage(config: Config, missing: Mapping[str, int], asked: Mapping[str, int
         )
         parts.append(f"{count} of {asked[name]} replicas of teacher '{name}' ({wants}{on}){fits}")
     return (
-        f"{'; '.join(parts)}. The nodes offer {_offers()}; reserve less (cluster.pools.NAME.cpus, "
+        f"{'; '.join(parts)}. The nodes offer {offers()}; reserve less (cluster.pools.NAME.cpus, "
         "gpus), lower replicas, or add nodes"
     )
 
 
-def _offers() -> str:
+def offers() -> str:
+    """Return what is free on the cluster's nodes, and what they have."""
     free = ray.available_resources()
     total = ray.cluster_resources()
     shown = [

@@ -28,6 +28,7 @@ from ray.exceptions import (
 )
 
 from radio.errors import RadioError
+from ray_jobs.placement import offers
 
 log = logging.getLogger("ray_jobs")
 Send = Callable[[Any, bool], Any]  # (a replica's handle, whether it is the first try) -> reference
@@ -45,6 +46,7 @@ MOST_DEATHS = 3  # of a replica, one after the other, without an answer in betwe
 USUAL_OF = 9  # passes whose median is the usual time
 LEAST_HEDGE_SECONDS = 0.5  # a shorter delay is noise
 LOOK_SECONDS = 0.25  # between two looks at who hangs
+NOBODY_UP_SECONDS = 15.0  # between two lines that say so
 PAUSE_SECONDS = 0.05  # between two looks at replicas that are down
 
 
@@ -121,6 +123,7 @@ class Pool:
         self.expected, self.upstream = expected, upstream
         self.retries = self.hedges = 0
         self._usual: deque[float] = deque(maxlen=USUAL_OF)
+        self._nobody_up: tuple[float, float] | None = None  # since when, and when it was said
 
     @property
     def in_flight(self) -> int:
@@ -187,6 +190,7 @@ class Pool:
         for replica in self.replicas:
             self._look_at_calls(replica)
             self._look_whether_back(replica)
+        self._say_if_nobody_is_up()
 
     def close(self) -> None:
         """End every replica for good."""
@@ -278,6 +282,24 @@ class Pool:
             log.warning("%s hangs for %.0f s; starting it anew", self.name, waits)
             ray.kill(replica.handle, no_restart=False)
             self._fell(replica)
+
+    def _say_if_nobody_is_up(self) -> None:
+        if any(True for _ in self._up()):
+            self._nobody_up = None
+            return
+        now = time.monotonic()
+        since, said = self._nobody_up or (now, now)
+        if now - said > NOBODY_UP_SECONDS:
+            said = now
+            log.info(
+                "%s: none of %d is up for %.0f s, without a place or still loading; the nodes "
+                "offer %s",
+                self.name,
+                len(self.replicas),
+                now - since,
+                offers(),
+            )
+        self._nobody_up = since, said
 
     def _note_loose(self, replica: Replica, call: Any) -> None:
         """Look whether a call whose answer goes elsewhere was lost; who needs it asks again."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
@@ -18,23 +18,29 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from radio.config import Config
+from radio.data.configured import training_plan
 from radio.data.shards import ImageSource
 from radio.errors import RadioError
+from radio.progress import ProgressDisplay
 from radio.targets.cache import open_stream
-from radio.targets.stream import Stream, device_of, open_sources
+from radio.targets.stream import Stream, open_sources
 from radio.training.checkpoint import newest_checkpoint
 from radio.training.distill import distill, students_of
+from radio.training.metrics import describe
 from radio.training.parallel import PATIENCE
+from radio.training.run_folder import RunFolder, hold
 from radio.training.stop import asked_by_file
 from radio.training.student_run import RunResult, result_of
 from ray_jobs.cluster import cluster
+from ray_jobs.elastic import Growth, count_places, student_bundle
 from ray_jobs.feature_stream import RayStream
 from ray_jobs.workers import Workers
 
 log = logging.getLogger("ray_jobs")
 RESTARTS = 3  # without a new checkpoint in between
 LOOK_SECONDS = 0.5
-GROUP_SECONDS = 60.0  # that Ray Train waits for places before it tries again
+STARTED = ".started"  # held by whoever started the processes; the run itself is held by the first
+GROUP_TRIES = 3  # of Ray Train to place processes for which there was room
 
 
 class Keeper:
@@ -62,6 +68,10 @@ class Keeper:
                 raise
         return self._workers
 
+    def teachers_run(self) -> bool:
+        """Return whether teachers and feeders have been started."""
+        return self._workers is not None
+
     def note(self, mistake: str) -> None:
         """Keep what the user has to mend; processes that are started again then end at once."""
         self._mistake = self._mistake or mistake
@@ -80,21 +90,32 @@ def train_with_workers(config: Config) -> RunResult:
     """
     sources = open_sources(config)
     out = Path(config.out).resolve()
-    with cluster(config.cluster), asked_by_file(out) as stop:
+    steps = training_plan(config, len(sources["train"])).num_steps
+    with (
+        hold(out, STARTED),
+        cluster(config.cluster),
+        asked_by_file(out) as stop,
+        ProgressDisplay() as progress,
+    ):
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         kept: Any = ray.remote(Keeper).options(num_cpus=0, scheduling_strategy=here)
         keeper = kept.remote(config, sources, os.getcwd())  # whoever owns the teachers stays
         told = {"config": config, "sources": sources, "keeper": keeper, "home": os.getcwd()}
-        died: list[str] = []
+        run, died = RunFolder(out), list[str]()
         for attempt in _attempts(out, died):
-            error = _fit(_trainer(config, told, out / "ray_train", attempt))
+            progress.phase("waiting for the student's processes", steps)
+            count = count_places(config, ray.get(keeper.teachers_run.remote()))
+            trainer = _trainer(config, told, out / "ray_train", attempt, count)
+            with Growth(config, count, run) as growth:
+                error = _fit(trainer, lambda: _show(run, progress, steps), growth.look)
             mistake = ray.get(keeper.mistake.remote())
             if mistake is not None:
                 raise RadioError(mistake)
-            if error is None:
+            if error is None and (stop.requested or not growth.found):
                 break
-            died.append(error)
-            log.warning("a student process died (%s); starting them again", error)
+            if error is not None:
+                died.append(error)
+                log.warning("a student process died (%s); starting them again", error)
         first, *others = map(result_of, students_of(config).values())
         result = replace(first, students=dict(zip(config.students, others, strict=True)))
         if stop.requested or not result.finished:
@@ -102,26 +123,23 @@ def train_with_workers(config: Config) -> RunResult:
         return result
 
 
-def _trainer(config: Config, told: dict[str, Any], folder: Path, attempt: int) -> Any:
-    """Return Ray Train's trainer of a start."""
+def _trainer(config: Config, told: dict[str, Any], folder: Path, attempt: int, count: int) -> Any:
+    """Return Ray Train's trainer of a start with so many processes."""
     from ray.train.torch import TorchConfig, TorchTrainer  # six seconds
     from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 
-    cuda, parallel = device_of(config).type == "cuda", config.parallel
-    workers: Any = parallel.workers  # a pair is elastic
-    if parallel.min_workers is not None:
-        workers = parallel.min_workers, parallel.workers
-    scaling: Any = ScalingConfig(
-        num_workers=workers,
+    resources, labels = student_bundle(config)
+    cuda = "GPU" in resources
+    scaling = ScalingConfig(
+        num_workers=count,
         use_gpu=cuda,
-        resources_per_worker={"CPU": 1, **({"GPU": 1} if cuda else {})},
-        label_selector=parallel.labels or None,
+        resources_per_worker=resources,
+        label_selector=labels or None,
     )
-    patience = max(1, int(config.cluster.give_up_seconds / GROUP_SECONDS))
     run: Any = RunConfig(
         name=f"start-{attempt}",
         storage_path=str(folder),
-        failure_config=FailureConfig(controller_failure_limit=patience),
+        failure_config=FailureConfig(controller_failure_limit=GROUP_TRIES),
     )
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     return TorchTrainer(
@@ -151,8 +169,8 @@ def _attempts(out: Path, died: Sequence[str]) -> Iterator[int]:
     )
 
 
-def _fit(trainer: Any) -> str | None:
-    """Run the processes to their end; return in a line what killed one.
+def _fit(trainer: Any, *looks: Callable[[], None]) -> str | None:
+    """Run the processes to their end, looking at them; return in a line what killed one.
 
     In a thread, since in the main one Ray Train takes Ctrl-C for itself and ends without a save.
     """
@@ -162,11 +180,21 @@ def _fit(trainer: Any) -> str | None:
         ended = thread.submit(trainer.fit)
         while not ended.done():
             wait([ended], timeout=LOOK_SECONDS)  # signals come in between
+            for look in looks:
+                look()
     try:
         ended.result()
     except TrainingFailedError as error:
         return " ".join(str(error).split())[:500]
     return None
+
+
+def _show(run: RunFolder, progress: ProgressDisplay, steps: int) -> None:
+    """Show the newest step that the processes have noted."""
+    record = run.newest()
+    if record is not None:
+        rate, wait_share = record["images_per_second"], record["wait_share"]
+        progress.update(record["step"], steps, describe(record["losses"], rate, wait_share, ()))
 
 
 def _student(told: dict[str, Any]) -> None:

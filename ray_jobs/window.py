@@ -26,12 +26,14 @@ class Window:
         self.room = room_in_store() if room is None else room
         self._largest = 0
 
-    @property
-    def steps(self) -> int:
-        """Steps that may be in flight now, 1 at least, beside the one that the student works on."""
+    def steps(self, others: int = 0) -> int:
+        """Return how many steps may be in flight, 1 at least, beside the one the student works on.
+
+        `others` are in flight already, of somebody who reads the same stream.
+        """
         if not self._largest:
             return 1
-        return max(1, min(self.most, int(self.room // self._largest) - 1))
+        return max(1, min(self.most, int(self.room // self._largest) - 1 - others))
 
     def saw(self, answers: Mapping[str, Mapping[int, CodedTarget]], step: int) -> None:
         """Note the bytes of a step's targets.

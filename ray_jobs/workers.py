@@ -41,10 +41,10 @@ class Workers:
         workers = cls([ray.put(dict(sources))], {}, [])
         try:
             for name in config.teachers:
-                workers.replicas[name], group = replicas_of(config, name)
-                if group is not None:
-                    workers.groups.append(group)
-            workers.feeders = feeders_of(config)
+                workers.replicas[name], groups = replicas_of(config, name)
+                workers.groups += groups
+            workers.feeders, groups = feeders_of(config)
+            workers.groups += groups
             starting = dict(workers.replicas)
             if workers.feeders:
                 starting[FEEDERS] = workers.feeders

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 import ray
@@ -21,6 +24,7 @@ from radio.errors import RadioError
 from radio.targets.stream import StepBatch
 from radio.targets.target_maker import Request
 from radio.training.distill import distill, students_of
+from ray_jobs import placement
 from ray_jobs.cluster import cluster
 from ray_jobs.feature_stream import RayStream
 
@@ -151,6 +155,56 @@ def test_a_wrong_ray_address_is_named_as_such(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     with pytest.raises(RadioError, match="RAY_ADDRESS=127"), cluster(ClusterConfig()):
         raise AssertionError("nothing is there to join")
+
+
+def test_a_cluster_of_another_ray_is_refused_by_both_names(running: None) -> None:
+    address = ray.get_runtime_context().gcs_address
+    program = (
+        "import ray\n"
+        "ray.__version__ = '2.1.0'\n"
+        "from radio.config import ClusterConfig\n"
+        "from ray_jobs.cluster import cluster\n"
+        f"with cluster(ClusterConfig(address='{address}')): pass\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    said = done.stderr.splitlines()[-1]
+    assert f"cluster.address={address} runs another Ray or Python than this process" in said
+    assert "Ray: 2.1.0" in said and f"Ray: {ray.__version__}" in said
+
+
+def test_a_node_that_lacks_our_code_is_said_so(
+    running: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The class of the teachers' actors is in a file that goes away before a worker reads it."""
+    file = tmp_path / "only_here.py"
+    file.write_text("from ray_jobs.actors import TeacherActor as T\nclass Only(T): pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    only_here = importlib.import_module("only_here")
+    file.unlink()
+    monkeypatch.setattr(placement, "TeacherActor", only_here.Only)
+    with pytest.raises(RadioError, match=r"No module named 'only_here'.*install radio-distill on"):
+        RayStream(tiny_config(tmp_path))
+
+
+@pytest.mark.slow
+def test_prometheus_is_told_who_waits_for_whom(stream: RayStream) -> None:
+    [node] = ray.nodes()
+    address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    names = ("waited_seconds_total", "busy_seconds_total", "bytes_total", "in_flight")
+    wanted = {f"ray_radio_{name}{{" for name in names}
+    deadline = time.monotonic() + 60
+    while True:  # metrics are exported every ten seconds
+        with urlopen(address) as answer:
+            lines = answer.read().decode().splitlines()
+        found = {name for name in wanted for line in lines if line.startswith(name)}
+        if found == wanted:
+            break
+        assert time.monotonic() < deadline, sorted(wanted - found)
+        time.sleep(1)
+    busy = [line for line in lines if line.startswith("ray_radio_busy_seconds_total{")]
+    assert {name for name in stream.teachers if any(f'teacher="{name}"' in b for b in busy)} == set(
+        stream.teachers
+    )
 
 
 @pytest.mark.slow

@@ -11,10 +11,12 @@ import ray
 from ray.cluster_utils import Cluster
 from test_distill import losses_of
 from test_ray_pools import Disturbed
+from test_ray_students import assert_close, shared, started, wait_for
 from tiny import tiny_config
 
 from radio.config import ClusterConfig, Config, PoolConfig
 from radio.errors import RadioError
+from radio.training.checkpoint import newest_checkpoint
 from radio.training.distill import distill
 from ray_jobs.cluster import cluster
 from ray_jobs.feature_stream import RayStream
@@ -80,3 +82,27 @@ def test_labels_that_no_node_has(nodes: Cluster, tmp_path: Path) -> None:
     config.cluster.pools["words"] = PoolConfig(labels={"role": "poet"})
     with pytest.raises(RadioError, match=r"'words' \(1 CPU on a node labelled \{'role': 'poet'\}"):
         RayStream(config)
+
+
+def test_workers_become_more_when_a_node_joins(tmp_path: Path) -> None:
+    """A cluster of its own: the run is a process, which is told to stop and start by itself."""
+    config = shared(tmp_path, "grown", steps=400)
+    config.parallel.min_workers = 1
+    config.parallel.labels = {"role": "student"}
+    config.checkpoint.every_steps = 20
+    head = {"num_cpus": 4, "object_store_memory": STORE, "include_dashboard": False}
+    made = Cluster(initialize_head=True, head_node_args=head)
+    try:
+        made.add_node(num_cpus=1, object_store_memory=STORE, labels={"role": "student"})
+        config.cluster.address = made.address
+        process = started(config, tmp_path)
+        wait_for(lambda: newest_checkpoint(Path(config.out) / "checkpoints") is not None)
+        made.add_node(num_cpus=1, object_store_memory=STORE, labels={"role": "student"})
+        printed, _ = process.communicate(timeout=400)
+        assert process.returncode == 0, printed[-4000:]
+    finally:
+        made.shutdown()
+    assert "there is a place for another student process" in printed
+    assert len(list((Path(config.out) / "ray_train").glob("start-*"))) == 2
+    expected = distill(shared(tmp_path, "alone", steps=400, workers=None)).out
+    assert_close(Path(config.out), expected)

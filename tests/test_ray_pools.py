@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,15 @@ from radio.config import ClusterConfig, Config, PoolConfig, StageConfig
 from radio.data.configured import training_plan
 from radio.data.plan import StepSpec
 from radio.errors import RadioError
+from radio.targets.cache import open_stream
 from radio.targets.fit import fit
 from radio.targets.stream import StepBatch
 from radio.targets.target_maker import CodedTarget, Request
 from radio.training.distill import distill
+from ray_jobs import placement
 from ray_jobs.cluster import cluster
 from ray_jobs.feature_stream import RayStream
-from ray_jobs.placement import reserved
+from ray_jobs.placement import reserved, wait_until_ready
 from ray_jobs.pool import LOST, MOST_DEATHS, USUAL_OF, Pool, answer
 from ray_jobs.window import Window
 
@@ -211,6 +213,35 @@ def test_feeders_give_the_same_bits_and_may_die(
     assert losses_of(config.out) == losses_of(local_run)
 
 
+class Counted(RayStream):
+    """Counts the readings that feeders are asked for, by step."""
+
+    def _feed(self, spec: StepSpec, request: Request) -> dict[Any, Any]:
+        fed = super()._feed(spec, request)
+        if request.standardizers and request.split == "train":
+            self.asked = [*getattr(self, "asked", []), len(fed)]
+        return fed
+
+
+def test_feeders_with_a_cache_give_the_same_bits(running: None, tmp_path: Path) -> None:
+    """The second epoch is read from the folder, and asks nothing of a feeder."""
+    config = tiny_config(tmp_path, steps=6, pictures=21)  # an epoch is three steps
+    config.data.repeat_epochs = 1
+    local = distill(replace(config, out=str(tmp_path / "local"))).out
+    config.cluster.feeders, config.cache = 1, str(tmp_path / "cache")
+    streams: list[Counted] = []
+
+    def live() -> RayStream:
+        streams.append(Counted(config))
+        return streams[0]
+
+    with closing(open_stream(config, live)) as stream:
+        distill(config, stream)
+    first, second = streams[0].asked[:3], streams[0].asked[3:]
+    assert min(first) > 0 and second == [0, 0, 0]
+    assert losses_of(config.out) == losses_of(local)
+
+
 @pytest.mark.slow
 def test_replicas_killed_and_stopped_at_once_change_no_bit(
     running: None, local_run: Path, tmp_path: Path
@@ -267,6 +298,27 @@ def test_what_has_no_place_says_what_would_fit(running: None, tmp_path: Path) ->
         RayStream(config)
 
 
+class Loading:
+    """A teacher of large weights on a slow disk."""
+
+    def ready(self, sources: list[Any]) -> None:
+        time.sleep(60)
+
+
+@pytest.mark.slow
+def test_what_has_a_place_and_loads_is_said_so(
+    running: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(tmp_path)
+    config.cluster.give_up_seconds = 8.0
+    monkeypatch.setattr(placement, "STILL_WAITING_SECONDS", 2.0)
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    handles = [ray.remote(Loading).options(num_cpus=0.1).remote()]
+    with pytest.raises(RadioError, match=r"not started after .*loading, .*: 1 of 1 of 'words'"):
+        wait_until_ready(config, {"words": handles}, [])
+    ray.kill(handles[0])
+
+
 @pytest.mark.slow
 def test_a_placement_group_and_its_end(running: None, tmp_path: Path) -> None:
     config = tiny_config(tmp_path)
@@ -276,6 +328,13 @@ def test_a_placement_group_and_its_end(running: None, tmp_path: Path) -> None:
         assert ray.available_resources()["CPU"] <= 12 - 4
         assert stream.teachers["words"].feature_dim == 8
     wait_for_cpus(12)
+
+
+def test_a_placement_group_of_nothing_is_refused(running: None, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    config.cluster.pools = {"words": PoolConfig(cpus=0.0, strategy="PACK")}
+    with pytest.raises(RadioError, match=r"pools\.words reserves nothing.*\(PACK\)"):
+        RayStream(config)
 
 
 def wait_for_cpus(count: float) -> None:
@@ -298,13 +357,14 @@ def target(num_bytes: int) -> CodedTarget:
 
 def test_the_window_holds_no_more_than_the_store() -> None:
     window = Window(ClusterConfig(window=4), room=1000.0)
-    assert window.steps == 1  # nothing is known yet
+    assert window.steps() == 1  # nothing is known yet
     window.saw({"a": {0: target(100)}, "b": {0: target(50), 1: target(50)}}, 0)
-    assert window.steps == 4
+    assert window.steps() == 4
     window.saw({"a": {0: target(200)}, "b": {1: target(100)}}, 1)
-    assert window.steps == 2  # and one that the student works on
+    assert window.steps() == 2  # and one that the student works on
+    assert window.steps(others=1) == window.steps(others=5) == 1
     window.saw({"a": {0: target(10)}}, 2)
-    assert window.steps == 2  # a large step may come again
+    assert window.steps() == 2  # a large step may come again
     with pytest.raises(RadioError, match=r"step 3 take 0 MB .*teacher 'b'.*object_store_mb"):
         window.saw({"a": {0: target(1)}, "b": {0: target(1000)}}, 3)
 

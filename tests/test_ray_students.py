@@ -21,6 +21,8 @@ from radio.config import Config, ParallelConfig, to_yaml
 from radio.errors import RadioError
 from radio.training.checkpoint import newest_checkpoint
 from radio.training.distill import distill
+from radio.training.run_folder import hold
+from ray_jobs.students import STARTED, train_with_workers
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_report")]
 TESTS = Path(__file__).parent
@@ -124,20 +126,52 @@ def test_a_killed_worker_costs_no_step(alone: tuple[Path, Path]) -> None:
     assert_close(Path(config.out), expected)
 
 
-def test_one_worker_then_two_then_one_see_the_same_samples(alone: tuple[Path, Path]) -> None:
-    root, expected = alone
+def kept(config: Config) -> Config:
+    """Return the run with a cache, whose file names are hashes over what a micro-shard sees."""
+    config.data.repeat_epochs = 4  # 12 steps of 8 views: all that there are of 24 pictures
+    config.cache = f"{config.out}-cache"
+    return config
+
+
+def names_in(folder: str | None) -> set[str]:
+    return {path.name for path in Path(str(folder)).rglob("*") if path.is_file()}
+
+
+def test_one_worker_then_two_then_one_see_the_same_samples(tmp_path: Path) -> None:
+    alone = kept(shared(tmp_path, "alone", workers=None))
+    distill(alone)
     for workers, steps in ((1, 4), (2, 8), (1, 12)):
-        config = shared(root, "elastic", workers=workers)
+        config = kept(shared(tmp_path, "elastic", workers=workers))
         config.checkpoint.every_steps = 4
         if steps < 12:
-            process = started(config, root)
+            process = started(config, tmp_path)
             folder = Path(config.out) / "checkpoints" / f"step-{steps:06d}"
             wait_for(folder.exists)
             (Path(config.out) / ".stop").touch()
             process.communicate(timeout=400)
         else:
-            finished(config, root)
+            finished(config, tmp_path)
+    assert names_in(config.cache) == names_in(alone.cache)
+    assert_close(Path(config.out), Path(alone.out))
+
+
+def test_a_run_begins_with_the_workers_that_have_a_place(alone: tuple[Path, Path]) -> None:
+    root, expected = alone
+    config = shared(root, "fewer")
+    config.parallel.min_workers = 1
+    config.cluster.cpus = len(config.teachers) + 1
+    finished(config, root)
     assert_close(Path(config.out), expected)
+
+
+def test_workers_without_a_place_say_what_is_free(tmp_path: Path) -> None:
+    config = shared(tmp_path, "nowhere", workers=9)
+    config.cluster.give_up_seconds = 1.0
+    process = started(config, tmp_path)
+    printed, _ = process.communicate(timeout=400)
+    assert process.returncode != 0
+    assert "9 of the student's processes (1 CPU each) have no place beside the teachers" in printed
+    assert "8 of 8 CPU free; lower parallel.workers" in printed
 
 
 def test_ctrl_c_ends_between_two_steps_and_the_same_command_goes_on(
@@ -155,6 +189,17 @@ def test_ctrl_c_ends_between_two_steps_and_the_same_command_goes_on(
     assert newest is not None and int(newest.name[-6:]) == len(losses_of(config.out)) < 12
     finished(config, root)
     assert_close(Path(config.out), expected)
+
+
+def test_a_second_start_is_refused_and_the_first_goes_on(alone: tuple[Path, Path]) -> None:
+    root, _ = alone
+    config = shared(root, "held")
+    with (
+        hold(Path(config.out), STARTED),
+        pytest.raises(RadioError, match="another process is writing to"),
+    ):
+        train_with_workers(config)
+    assert not (Path(config.out) / ".stop").exists()
 
 
 def test_a_mistake_is_said_once_and_not_tried_again(alone: tuple[Path, Path]) -> None:

@@ -5,9 +5,11 @@ One process at a time may hold it; the same command finds it again and resumes.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +39,7 @@ FREE = (
     "parallel.min_workers",
     "parallel.labels",
 )
+NEWEST_BYTES = 1 << 16  # of metrics.jsonl that surely hold its newest record
 HELD_SECONDS = 60.0  # that a process which was killed may still hold its run's folder
 
 
@@ -76,6 +79,20 @@ class RunFolder:
                 break
         return records
 
+    def newest(self) -> dict[str, Any] | None:
+        """Return the newest record of a step, without reading all that is before it."""
+        if not self.metrics.exists():
+            return None
+        with self.metrics.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - NEWEST_BYTES))
+            lines = file.read().splitlines()
+        for line in reversed(lines):
+            with contextlib.suppress(ValueError):  # cut off, or being written
+                record = json.loads(line)
+                if isinstance(record, dict) and "losses" in record:
+                    return record
+        return None
+
     def cut(self, step: int) -> None:
         """Drop the records of steps that were not finished at `step`."""
         if not self.leads:
@@ -114,24 +131,35 @@ def open_run(config: Config, leads: bool = True) -> Iterator[RunFolder]:
     if not leads:
         yield RunFolder(path, leads=False)
         return
+    with hold(path, ".lock", 0.0 if config.parallel.workers is None else HELD_SECONDS):
+        run = RunFolder(path)
+        run.write_config(config)
+        yield run
+
+
+@contextmanager
+def hold(path: Path, lock: str, seconds: float = 0.0) -> Iterator[None]:
+    """Make a run's folder and hold it for this process, by a lock file that dies with it.
+
+    Raises:
+        RadioError: the folder cannot be made, or another process holds it for `seconds`.
+    """
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         reason = "the disk is full" if error.errno == errno.ENOSPC else str(error)
         raise RadioError(f"cannot make out={path}: {reason}") from error
-    lock = FileLock(path / ".lock")
+    held = FileLock(path / lock)
     try:
-        lock.acquire(timeout=0 if config.parallel.workers is None else HELD_SECONDS)
+        held.acquire(timeout=seconds)
     except Timeout as error:
         raise RadioError(
             f"another process is writing to {path}; wait for it, stop it, or choose another out="
         ) from error
     try:
-        run = RunFolder(path)
-        run.write_config(config)
-        yield run
+        yield
     finally:
-        lock.release()
+        held.release()
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
