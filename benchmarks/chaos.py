@@ -47,6 +47,8 @@ from benchmarks.runs import Run, command, quick
 STORE_MB = 512  # of each node
 NODES = 2  # for teachers
 LABELS = {"role": "teacher"}
+TEACHERS = ("clip", "siglip", "dinov2", "sam")
+POOL = "{replicas: 2, cpus: 1, labels: {role: teacher}}"
 LOOK_SECONDS = 0.05
 FULL_SECONDS = 10.0  # that the store is kept full
 CALM = 6  # steps at the end without a new fault, so that the last one's stall is seen
@@ -66,10 +68,6 @@ def config_of(pictures: Path, address: str, workers: int) -> list[str]:
         "checkpoint.every_steps=5",
         *([parallel] if workers else []),
     )
-
-
-TEACHERS = ("clip", "siglip", "dinov2", "sam")
-POOL = "{replicas: 2, cpus: 1, labels: {role: teacher}}"
 
 
 class Nodes:

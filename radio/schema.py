@@ -21,8 +21,8 @@ class PoolConfig:
     """Where the replicas of one teacher live.
 
     A replica reserves `cpus`, `gpus` (shares too; null: 1 on CUDA, else 0) and `memory_mb` of a
-    node that has all of `labels` (`ray start --labels`); with a `strategy` their
-    places are chosen together (PACK, SPREAD, STRICT_PACK, STRICT_SPREAD).
+    node that has all of `labels` (`ray start --labels`); with a `strategy` their places
+    are chosen together (PACK, SPREAD, STRICT_PACK, STRICT_SPREAD).
     """
 
     replicas: int | None = None  # null: cluster.replicas
