@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Iterator
+from functools import cache
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,6 @@ from radio.training.step import training_step
 from ray_jobs.cluster import cluster
 from ray_jobs.feature_stream import RayStream
 
-STUDENT_CORE, TEACHER_CORE = sorted(os.sched_getaffinity(0))[:2]
 RATIOS = {"1:4": (0.25, 1.0), "1:1": (1.0, 1.0), "4:1": (1.0, 0.25)}
 PROBE = (4, 12)  # pictures for the teacher, and for the student alone, by which costs are measured
 MEGABYTES = (1, 10, 50)
@@ -73,6 +73,13 @@ def config_of(folder: Path, seen: int, unseen: int) -> Config:
     )
 
 
+@cache
+def cores() -> tuple[int, int]:
+    """Return the student's core and the teachers'; asked first before this process is pinned."""
+    student, teacher, *_ = sorted(os.sched_getaffinity(0))
+    return student, teacher
+
+
 def pin(pid: int, core: int) -> None:
     """Give every thread of a process this core alone."""
     for task in Path(f"/proc/{pid}/task").iterdir():
@@ -89,6 +96,8 @@ class ByHand:
         self.process.start()
         self.window = config.cluster.window
         self.here.recv()  # it is ready
+        assert self.process.pid is not None
+        pin(self.process.pid, cores()[1])
 
     def encode(self, specs: Iterator[StepSpec]) -> Iterator[tuple[StepSpec, Coded]]:
         waiting: deque[StepSpec] = deque()
@@ -106,7 +115,6 @@ class ByHand:
 
 
 def serve(there: Connection, config: Config, request: Request) -> None:
-    os.sched_setaffinity(0, {TEACHER_CORE})
     torch.set_num_threads(1)
     readers = build_readers(config, open_sources(config))
     makers = {name: build_target_maker(config, name, readers, CPU) for name in config.teachers}
@@ -125,7 +133,7 @@ class Bench:
         self.stream = RayStream(config)
         for pool in self.stream.pools.values():
             for replica in pool.replicas:
-                pin(ray.get(replica.handle.pid.remote()), TEACHER_CORE)
+                pin(ray.get(replica.handle.pid.remote()), cores()[1])
         self.plan = training_plan(config, len(self.stream.sources["train"]))
         self.request = Request("train", config.codec, fit(config, self.stream))
         self.reader = build_readers(config, self.stream.sources)["train"]
@@ -221,16 +229,18 @@ def overlap(folder: Path, seen: int, unseen: int, steps: int, rounds: int) -> di
 
 @ray.remote(num_cpus=1)
 class Source:
-    """Returns features as a teacher does."""
+    """Returns features as a teacher does, which it has computed already."""
 
-    def give(self, megabytes: int) -> CodedTarget:
-        features = np.ones(megabytes << 19, np.uint16)
-        return CodedTarget(None, features, np.ones(0, bool), (), {}, 0.0)
+    def __init__(self, megabytes: int) -> None:
+        self.features = np.ones(megabytes << 19, np.uint16)
+
+    def give(self) -> CodedTarget:
+        return CodedTarget(None, self.features, np.ones(0, bool), (), {}, 0.0)
 
 
 def path_of_features(megabytes: int, times: int = 9) -> dict[str, float]:
     """Time a target's way from an actor to the student's process, and on to its float32 tensor."""
-    source = Source.remote()
+    source = Source.remote(megabytes)
     arrived, decoded, copied = [], [], []
     for _ in range(times + 2):
         there = np.ones(megabytes << 19, np.uint16)
@@ -239,7 +249,7 @@ def path_of_features(megabytes: int, times: int = 9) -> dict[str, float]:
         np.copyto(here, there)
         copied.append(time.perf_counter() - started)
         started = time.perf_counter()
-        target = ray.get(source.give.remote(megabytes))
+        target = ray.get(source.give.remote())
         arrived.append(time.perf_counter() - started)
         codec.decode(target.features, "bf16")
         decoded.append(time.perf_counter() - started)
@@ -269,7 +279,7 @@ def main() -> None:
         write_photographs(folder / "data")
         config = config_of(folder, 1, 0)
         with cluster(config.cluster):
-            pin(os.getpid(), STUDENT_CORE)
+            pin(os.getpid(), cores()[0])
             teacher, student = costs(folder)
             found = {}
             for ratio, (wanted_teacher, wanted_student) in RATIOS.items():

@@ -56,7 +56,7 @@ def encode(x: Tensor, codec: str) -> np.ndarray:
 def decode(array: np.ndarray, codec: str) -> Tensor:
     """Return what `encode` was given as float32, up to the codec's rounding.
 
-    The array is copied, as arrays out of an object store are read-only.
+    The tensor is a copy, as arrays out of an object store are read-only.
 
     Raises:
         RadioError: an unknown codec, or an array of another codec's type.
@@ -67,12 +67,12 @@ def decode(array: np.ndarray, codec: str) -> Tensor:
             f"codec '{codec}' travels as {carrier.name}, but the array is {array.dtype}; "
             "decode with the codec it was encoded with"
         )
-    copied = torch.tensor(array)
+    shared = torch.utils.dlpack.from_dlpack(array)  # from_numpy warns of read-only pages
     if codec == "float32":
-        return copied
+        return shared.clone()
     if codec == "bf16":
-        return copied.view(torch.bfloat16).float()
-    return copied.float() * INT8_STEP
+        return shared.view(torch.bfloat16).float()
+    return shared.float().mul_(INT8_STEP)
 
 
 def _carrier(codec: str) -> np.dtype[Any]:
