@@ -226,6 +226,7 @@ def drawn(kinds: list[str], count: int, steps: int, usual: float, seed: int) -> 
     """Return faults at seeded moments, each kind as often as its weight says."""
     generator = random.Random(f"faults {seed}")
     shares = [kind for kind in kinds for _ in range(WEIGHTS[kind])]
+    generator.shuffle(shares)
     chosen = [shares[number % len(shares)] for number in range(count)]
     generator.shuffle(chosen)
     moments = sorted(generator.randrange(1, steps - CALM) for _ in range(count))
