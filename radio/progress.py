@@ -67,7 +67,7 @@ class ProgressDisplay:
         """Show how far the phase is, and a text beside it."""
         self.progress.update(self.task, completed=done, total=total)
         self.text.plain = text
-        if self._first is None:
+        if self._first is None or done <= self._first:  # the latter: back to a checkpoint
             self._first = done - 1
         now = time.monotonic()
         if self.console.is_terminal or (now - self._last_line < LINE_SECONDS and done < total):
