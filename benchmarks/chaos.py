@@ -8,8 +8,9 @@ the other is disturbed at seeded moments (see KINDS). Then every step must be th
 same losses to the last bit, and so must the student's weights and its optimizer's state.
 
 A fault's stall is by how much the run is later, at the next fault, than the undisturbed one was at
-the same step. `--only teacher` kills replicas alone: what is left beyond a teacher's own pass is
-what a loss costs.
+the same step: what was lost, and what new processes take from the two cores while they load.
+`--only teacher --workers 0` kills replicas alone, and says how long the student stood still for
+its teachers between a fault and the next, over what it did in the undisturbed run.
 """
 
 from __future__ import annotations
@@ -133,14 +134,15 @@ class Training:
 
 @dataclass
 class Fault:
-    """What is done at a moment, how long it takes a run to get over it, and to whom."""
+    """What is done after a step, how long it takes a run to get over it, and to whom."""
 
     kind: str
-    step: int
+    step: int  # after which it is to be done; then, after which it was
     delay: float
     whom: str = ""
     at: float = 0.0
     stall: float = 0.0
+    stood_still: float = 0.0
 
 
 class Disturber:
@@ -250,6 +252,7 @@ def follow(training: Training, faults: list[Fault], disturber: Disturber | None)
                 fault = left.popleft()
                 time.sleep(fault.delay)
                 disturber.do(fault)
+                fault.step = step
                 print(f"step {step}: {fault.kind} ({fault.whom})", file=sys.stderr, flush=True)
         if time.monotonic() - moved > PATIENCE_SECONDS:
             raise SystemExit(f"no new step for {PATIENCE_SECONDS:.0f} s")
@@ -271,6 +274,15 @@ def stalls(faults: list[Fault], ours: dict[int, float], alone: dict[int, float])
     ends = [fault.at for fault in faults[1:]] + [max(ours.values())]
     for fault, end in zip(faults, ends, strict=True):
         fault.stall = late(end) - late(fault.at)
+
+
+def stood_still(faults: list[Fault], ours: Run, alone: Run) -> None:
+    """Note with each fault how much longer the student waited for teachers, up to the next one."""
+    waits = [sum(record["waits"].values()) for record in ours.records]
+    usual = [sum(record["waits"].values()) for record in alone.records]
+    ends = [fault.step for fault in faults[1:]] + [len(waits)]
+    for fault, end in zip(faults, ends, strict=True):
+        fault.stood_still = sum(waits[fault.step : end]) - sum(usual[fault.step : end])
 
 
 def main() -> None:
@@ -303,6 +315,7 @@ def main() -> None:
     finally:
         nodes.close()
     stalls(faults, training.reached, quiet.reached)
+    stood_still(faults, disturbed, undisturbed)
     write(name, report(undisturbed, disturbed, faults, training, options.steps))
 
 
@@ -311,10 +324,12 @@ def report(
 ) -> dict[str, Any]:
     """Return what became of the disturbed run."""
     done = collections.Counter(int(record["step"]) for record in disturbed.records)
-    passes = [sum(record["busy_seconds"].values()) for record in undisturbed.records]
+    passes = [max(record["busy_seconds"].values()) for record in undisturbed.records]
     by_kind: dict[str, list[float]] = {}
+    still: dict[str, list[float]] = {}
     for fault in faults:
         by_kind.setdefault(fault.kind, []).append(fault.stall)
+        still.setdefault(fault.kind, []).append(fault.stood_still)
     return {
         "what": "the quick pocket run with faults at seeded moments, against itself undisturbed",
         "steps": steps,
@@ -327,18 +342,26 @@ def report(
         "undisturbed_seconds": undisturbed.wall_seconds,
         "disturbed_seconds": disturbed.wall_seconds,
         "step_seconds": statistics.median(undisturbed.seconds),
-        "teachers_seconds_a_step": statistics.median(passes),
+        "longest_pass_seconds": statistics.median(passes),
         "stall_seconds": {
             kind: {
                 "faults": len(found),
                 "median": statistics.median(found),
                 "most": max(found),
+                "stood_still_median": statistics.median(still[kind]),
+                "stood_still_most": max(still[kind]),
             }
             for kind, found in sorted(by_kind.items())
         },
         "each": [
-            {"kind": f.kind, "step": f.step, "whom": f.whom, "stall_seconds": f.stall}
-            for f in faults
+            {
+                "kind": fault.kind,
+                "step": fault.step,
+                "whom": fault.whom,
+                "stall_seconds": fault.stall,
+                "stood_still_seconds": fault.stood_still,
+            }
+            for fault in faults
         ],
     }
 

@@ -1,6 +1,6 @@
 """What a mosaic costs and what it changes, beside the other ways to show SAM a small view.
 
-    python benchmarks/mosaic.py [--teacher sam_b] [--pretrained FILE] [--sizes 256 432 512]
+    python -m benchmarks.mosaic [--teacher sam_b] [--pretrained FILE] [--sizes 256 432 512]
                                 [--images FOLDER] [--rounds 4]
 
 Seconds of a teacher's target per student image, as a run's own TargetMaker makes it:
@@ -34,9 +34,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from record import write
 from torch import Tensor, nn
 
+from benchmarks.record import write
 from radio.config import DataConfig, load_teacher
 from radio.data.mosaic import Mosaic
 from radio.data.photographs import CREDITS, photograph

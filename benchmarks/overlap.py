@@ -1,6 +1,6 @@
 """A step with its teachers on Ray over the longer of the teachers' and the student's own time.
 
-    python benchmarks/overlap.py [--steps 16] [--rounds 3] [--seconds 1.0]
+    python -m benchmarks.overlap [--steps 16] [--rounds 3] [--seconds 1.0]
 
 Real work, a core each: a seeded DINOv2 ViT-S of 224 px against a training step of a ViT-Ti, f32.
 How many pictures of a step the teacher sees, and how many more the student alone, is chosen in
@@ -29,8 +29,8 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-from record import write
 
+from benchmarks.record import write
 from radio.config import Config, load
 from radio.data.configured import training_plan
 from radio.data.photographs import write_photographs

@@ -1,6 +1,6 @@
 """Our training step over a bare PyTorch loop of the same models and batch, in one process.
 
-    python benchmarks/step_overhead.py [--steps 22] [--no-ray]
+    python -m benchmarks.step_overhead [--steps 22] [--no-ray]
 
 The demo's four teachers and student. The bare loop is what one would write by hand: read and crop
 the pictures, run each teacher, standardize, run the student, losses, backward, optimizer. Steps of
@@ -20,8 +20,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from record import write
 
+from benchmarks.record import write
 from radio.config import Config
 from radio.data.configured import training_plan
 from radio.data.mosaic import Mosaic

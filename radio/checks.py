@@ -176,6 +176,11 @@ def _check_cluster(config: Config) -> None:
     for key in ("call_timeout_seconds", "give_up_seconds"):
         if not getattr(cluster, key) > 0:
             raise RadioError(f"cluster.{key} is {getattr(cluster, key)}; it must be above 0")
+    if cluster.address is not None and config.stream != "ray":
+        raise RadioError(
+            f"cluster.address is {cluster.address}, but stream={config.stream} keeps the teachers "
+            "in this process; add stream=ray, or leave cluster.address out"
+        )
     if cluster.hedge is not None and cluster.hedge < 1:
         raise RadioError(
             f"cluster.hedge is {cluster.hedge}: a teacher would be asked twice before its usual "

@@ -39,7 +39,8 @@ class ClusterConfig:
 
     At most `window` steps are in flight, fewer where their bytes would not fit the object store.
     A teacher that takes more than `hedge` times its usual seconds is asked a second time, where
-    another replica is free (null: never).
+    another replica is free (null: never). `call_timeout_seconds` is more than a teacher's pass over
+    a whole step; with several student processes more than `window` of them.
     """
 
     address: str | None = None

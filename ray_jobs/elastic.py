@@ -20,7 +20,7 @@ from radio.errors import RadioError
 from radio.targets.stream import device_of
 from radio.training.run_folder import RunFolder
 from radio.training.stop import FILE
-from ray_jobs.placement import offers, pool_of, reserved
+from ray_jobs.placement import STILL_WAITING_SECONDS, offers, pool_of, reserved
 
 log = logging.getLogger("ray_jobs")
 PLACE_SECONDS = 5.0  # for a group that has room: nodes tell of freed resources now and then
@@ -44,9 +44,10 @@ def count_places(config: Config, teachers_run: bool) -> int:
     assert config.parallel.workers is not None, "ray_jobs.train asks"
     most, least = config.parallel.workers, config.parallel.min_workers or config.parallel.workers
     others = [] if teachers_run or config.cache is not None else list(_others(config))
-    started = time.monotonic()
+    started = said_at = time.monotonic()
     while not fits([*others, *[student_bundle(config)] * least]):
-        waited = time.monotonic() - started
+        now = time.monotonic()
+        waited = now - started
         said = (
             f"{least} of the student's processes ({_shown(student_bundle(config))} each) have no "
             f"place{' beside the teachers' if others else ''}. The nodes offer {offers()}; lower "
@@ -54,7 +55,9 @@ def count_places(config: Config, teachers_run: bool) -> int:
         )
         if waited > config.cluster.give_up_seconds:
             raise RadioError(f"not started after {waited:.0f} s: {said}")
-        log.info("waiting (%.0f s): %s", waited, said)
+        if now - said_at > STILL_WAITING_SECONDS:
+            said_at = now
+            log.info("waiting (%.0f s): %s", waited, said)
     while most > least:  # bisect
         middle = (most + least + 1) // 2
         if fits([*others, *[student_bundle(config)] * middle]):

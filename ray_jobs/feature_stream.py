@@ -32,7 +32,8 @@ from radio.targets.target_maker import (
     reading_of,
 )
 from ray_jobs.gauges import Gauges
-from ray_jobs.pool import LOST, Ask, Send, rest
+from ray_jobs.pool import Ask, Send, rest
+from ray_jobs.replica import LOST
 from ray_jobs.window import Window, room_in_store
 from ray_jobs.workers import Workers
 

@@ -15,62 +15,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import (
-    LocalRayletDiedError,
-    NodeDiedError,
-    ObjectLostError,
-    ObjectStoreFullError,
-    OutOfDiskError,
-    OutOfMemoryError,
-    RayActorError,
-    RayTaskError,
-    WorkerCrashedError,
-)
+from ray.exceptions import RayTaskError
 
 from radio.errors import RadioError
 from ray_jobs.placement import offers
+from ray_jobs.replica import LOST, Replica
 
 log = logging.getLogger("ray_jobs")
 Send = Callable[[Any, bool], Any]  # (a replica's handle, whether it is the first try) -> reference
-LOST = (
-    RayActorError,
-    ObjectLostError,
-    WorkerCrashedError,
-    NodeDiedError,
-    LocalRayletDiedError,
-    OutOfMemoryError,
-    OutOfDiskError,
-    ObjectStoreFullError,
-)
-MOST_DEATHS = 3  # of a replica, one after the other, without an answer in between
 USUAL_OF = 9  # passes whose median is the usual time
 LEAST_HEDGE_SECONDS = 0.5  # a shorter delay is noise
 LOOK_SECONDS = 0.25  # between two looks at who hangs
 NOBODY_UP_SECONDS = 15.0  # between two lines that say so
 PAUSE_SECONDS = 0.05  # between two looks at replicas that are down
-
-
-@dataclass
-class Replica:
-    """A process and its calls without an answer yet, by when they were sent.
-
-    `heard` is when it last answered anything. `coming_back` is what it will say first after it
-    fell, asked when it was `knocked`; one that dies too often is `retired`.
-    """
-
-    handle: Any
-    greeting: tuple[Any, ...] = ()
-    calls: dict[Any, float] = field(default_factory=dict)
-    heard: float = 0.0
-    coming_back: Any = None
-    knocked: float = 0.0
-    deaths: int = 0
-    retired: bool = False
-
-    def knock(self) -> None:
-        """Ask whether it is back."""
-        self.coming_back = self.handle.ready.remote(*self.greeting)
-        self.knocked = time.monotonic()
 
 
 @dataclass
@@ -117,10 +74,10 @@ class Pool:
         greeting: tuple[Any, ...] = (),
     ) -> None:
         self.name = name
-        self.replicas = [Replica(handle, greeting) for handle in handles]
-        self._loose: set[Any] = set()  # calls whose answers go elsewhere
-        self.call_timeout, self.give_up, self.hedge = call_timeout, give_up, hedge
-        self.expected, self.upstream = expected, upstream
+        self.replicas = [
+            Replica(handle, name, call_timeout, expected, greeting) for handle in handles
+        ]
+        self.give_up, self.hedge, self.upstream = give_up, hedge, upstream
         self.retries = self.hedges = 0
         self._usual: deque[float] = deque(maxlen=USUAL_OF)
         self._nobody_up: tuple[float, float] | None = None  # since when, and when it was said
@@ -141,8 +98,7 @@ class Pool:
         self.watch()
         replica = min(self._up(), key=lambda r: len(r.calls), default=self.replicas[0])
         refs: Sequence[Any] = send(replica.handle, True)
-        replica.calls[refs[0]] = time.monotonic()
-        self._loose.add(refs[0])
+        replica.sent(refs[0], loose=True)
         return refs
 
     def tell(self, method: str) -> None:
@@ -188,8 +144,7 @@ class Pool:
         if self.upstream is not None:
             self.upstream.watch()
         for replica in self.replicas:
-            self._look_at_calls(replica)
-            self._look_whether_back(replica)
+            replica.look()
         self._say_if_nobody_is_up()
 
     def close(self) -> None:
@@ -198,7 +153,7 @@ class Pool:
             ray.kill(replica.handle)
 
     def _up(self) -> Iterator[Replica]:
-        return (r for r in self.replicas if r.coming_back is None and not r.retired)
+        return (replica for replica in self.replicas if replica.up)
 
     def _send(self, ask: Ask, replica: Replica | None = None) -> bool:
         """Send work to a replica, the least loaded of those that are up; False if none is."""
@@ -206,7 +161,7 @@ class Pool:
         if replica is None:
             return False
         call = ask.send(replica.handle, ask.tries == 0 and not ask.hedged)
-        replica.calls[call] = time.monotonic()
+        replica.sent(call)
         ask.calls[call] = replica
         return True
 
@@ -242,46 +197,11 @@ class Pool:
         if not isinstance(cause, LOST):
             raise error
         if cause is error:  # else what it was given was lost, and the replica is well
-            self._fell(replica)
+            replica.fell()
         ask.tries += 1
         self.retries += 1
         lost = type(cause).__name__
         log.warning("%s was lost in %s (%s); asking again", self.name, ask.what, lost)
-
-    def _fell(self, replica: Replica) -> None:
-        """Give a replica no work until it says that it is ready."""
-        if replica.coming_back is not None or replica.retired:
-            return
-        replica.deaths += 1
-        self._loose -= replica.calls.keys()
-        replica.calls.clear()
-        if replica.deaths > MOST_DEATHS:
-            self._retire(replica, f"died {replica.deaths} times in a row without an answer")
-        else:
-            replica.knock()
-
-    def _retire(self, replica: Replica, why: str) -> None:
-        replica.retired, replica.coming_back = True, None
-        log.warning("a replica of %s %s; it gets no more work", self.name, why)
-
-    def _look_at_calls(self, replica: Replica) -> None:
-        """Forget the calls that are answered, and start a replica anew that hangs."""
-        if not replica.calls:
-            return
-        calls = list(replica.calls)
-        done, _ = ray.wait(calls, num_returns=len(calls), timeout=0, fetch_local=False)
-        now = time.monotonic()
-        for call in done:
-            replica.heard = now
-            replica.calls.pop(call, None)
-            if call in self._loose:
-                self._loose.discard(call)
-                self._note_loose(replica, call)
-        waits = now - max(min(replica.calls.values(), default=now), replica.heard)
-        if waits > self.call_timeout:
-            log.warning("%s hangs for %.0f s; starting it anew", self.name, waits)
-            ray.kill(replica.handle, no_restart=False)
-            self._fell(replica)
 
     def _say_if_nobody_is_up(self) -> None:
         if any(True for _ in self._up()):
@@ -300,42 +220,6 @@ class Pool:
                 offers(),
             )
         self._nobody_up = since, said
-
-    def _note_loose(self, replica: Replica, call: Any) -> None:
-        """Look whether a call whose answer goes elsewhere was lost; who needs it asks again."""
-        try:
-            ray.get(call)
-        except LOST:
-            self._fell(replica)
-        except RayTaskError:
-            return  # said to whoever reads the answer
-        else:
-            replica.deaths = 0
-
-    def _look_whether_back(self, replica: Replica) -> None:
-        if replica.coming_back is None:
-            return
-        if not ray.wait([replica.coming_back], timeout=0)[0]:
-            waits = time.monotonic() - replica.knocked
-            if waits > self.call_timeout:  # it hangs, in building itself or before
-                ray.kill(replica.handle, no_restart=False)
-                replica.knock()
-            return
-        try:
-            said = ray.get(replica.coming_back)
-        except LOST:  # not yet
-            replica.knock()
-            return
-        except RayTaskError as error:
-            if isinstance(error.cause, RadioError):
-                raise error.cause from None
-            raise
-        if self.expected is not None and said != self.expected:
-            raise RadioError(
-                f"{self.name} has other weights or options on another node; give every node the "
-                "same files"
-            )
-        replica.coming_back = None
 
 
 def rest(work: Sequence[tuple[Pool, Ask]]) -> None:

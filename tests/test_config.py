@@ -62,6 +62,7 @@ def test_an_override_reaches_its_leaf_and_nothing_else() -> None:
         (["experiment=demo", "optimizer.lr=fast"], ["lr", "fast"]),
         (["experiment=demo", "data.train=a-{0..9}.tar"], ["quotes"]),
         (["experiment=demo", "stream=rai"], ["stream", "rai", "local, ray"]),
+        (["experiment=demo", "stream=local", "cluster=auto"], ["cluster.address", "stream=ray"]),
         (["experiment=demo", "teacher@teachers.clip=clipp"], ["clipp"]),
         (["experiment=demo", "stages.0.partitions.low.image_size=100"], ["100", "96", "112"]),
         (["experiment=demo", "stages.0.partitions.low.views.sam=tile"], ["tile", "mosaic"]),

@@ -96,7 +96,8 @@ def test_workers_become_more_when_a_node_joins(tmp_path: Path) -> None:
         made.add_node(num_cpus=1, object_store_memory=STORE, labels={"role": "student"})
         config.cluster.address = made.address
         process = started(config, tmp_path)
-        wait_for(lambda: newest_checkpoint(Path(config.out) / "checkpoints") is not None)
+        checkpoints = Path(config.out) / "checkpoints"
+        wait_for(lambda: newest_checkpoint(checkpoints) is not None or process.poll() is not None)
         made.add_node(num_cpus=1, object_store_memory=STORE, labels={"role": "student"})
         printed, _ = process.communicate(timeout=400)
         assert process.returncode == 0, printed[-4000:]

@@ -31,7 +31,8 @@ from ray_jobs import placement
 from ray_jobs.cluster import cluster
 from ray_jobs.feature_stream import RayStream
 from ray_jobs.placement import reserved, wait_until_ready
-from ray_jobs.pool import LOST, MOST_DEATHS, USUAL_OF, Pool, answer
+from ray_jobs.pool import USUAL_OF, Pool, answer
+from ray_jobs.replica import LOST, MOST_DEATHS
 from ray_jobs.window import Window
 
 pytestmark = pytest.mark.usefixtures("no_report")
@@ -128,7 +129,9 @@ def test_a_slow_answer_is_asked_for_twice(pool: Pool) -> None:
 
 
 def test_a_replica_that_hangs_is_started_anew(pool: Pool) -> None:
-    pool.hedge, pool.call_timeout = None, 1.0
+    pool.hedge = None
+    for replica in pool.replicas:
+        replica.call_timeout = 1.0
     pids = pids_of(pool)
     os.kill(pids[0], signal.SIGSTOP)
     assert answer(pool, pool.ask(saying(5), "a test"))[0] == 5
@@ -186,6 +189,7 @@ def kill(handle: Any, how: int = signal.SIGKILL) -> None:
     raise AssertionError("the worker did not come back")
 
 
+@pytest.mark.slow
 def test_a_feeder_that_is_asked_in_one_way(running: None, tmp_path: Path) -> None:
     """Where student and teachers see the same pixels, one reading serves all."""
     config = tiny_config(tmp_path, steps=2)
@@ -223,6 +227,7 @@ class Counted(RayStream):
         return fed
 
 
+@pytest.mark.slow
 def test_feeders_with_a_cache_give_the_same_bits(running: None, tmp_path: Path) -> None:
     """The second epoch is read from the folder, and asks nothing of a feeder."""
     config = tiny_config(tmp_path, steps=6, pictures=21)  # an epoch is three steps
