@@ -102,12 +102,13 @@ def train_with_workers(config: Config) -> RunResult:
         keeper = kept.remote(config, sources, os.getcwd())  # whoever owns the teachers stays
         told = {"config": config, "sources": sources, "keeper": keeper, "home": os.getcwd()}
         run, died = RunFolder(out), list[str]()
+        shown = _Shown(run, progress, steps)
         for attempt in _attempts(out, died):
-            progress.phase("waiting for the student's processes", steps)
+            progress.phase("the student's processes", steps)
             count = count_places(config, ray.get(keeper.teachers_run.remote()))
             trainer = _trainer(config, told, out / "ray_train", attempt, count)
             with Growth(config, count, run) as growth:
-                error = _fit(trainer, lambda: _show(run, progress, steps), growth.look)
+                error = _fit(trainer, shown.look, growth.look)
             mistake = ray.get(keeper.mistake.remote())
             if mistake is not None:
                 raise RadioError(mistake)
@@ -189,12 +190,21 @@ def _fit(trainer: Any, *looks: Callable[[], None]) -> str | None:
     return None
 
 
-def _show(run: RunFolder, progress: ProgressDisplay, steps: int) -> None:
-    """Show the newest step that the processes have noted."""
-    record = run.newest()
-    if record is not None:
+class _Shown:
+    """Shows each new step that the processes have noted."""
+
+    def __init__(self, run: RunFolder, progress: ProgressDisplay, steps: int) -> None:
+        self.run, self.progress, self.steps = run, progress, steps
+        self._last = run.newest()
+
+    def look(self) -> None:
+        record = self.run.newest()
+        if record is None or record == self._last:
+            return
+        self._last = record
         rate, wait_share = record["images_per_second"], record["wait_share"]
-        progress.update(record["step"], steps, describe(record["losses"], rate, wait_share, ()))
+        text = describe(record["losses"], rate, wait_share, ())
+        self.progress.update(record["step"], self.steps, text)
 
 
 def _student(told: dict[str, Any]) -> None:

@@ -44,9 +44,10 @@ OVERRIDES = [
 
 @dataclass(frozen=True)
 class Head:
-    """A running head node: where its jobs go, and the environment that holds its token."""
+    """A running head node: where jobs and clients go, and the environment that holds its token."""
 
     address: str
+    client: str
     environment: dict[str, str]
 
     def ray(self, *arguments: str) -> str:
@@ -89,7 +90,7 @@ def head_node(folder: Path) -> Iterator[Head]:
         )
     try:
         wait_for(dashboard, process, folder / "head.log")
-        yield Head(f"http://127.0.0.1:{dashboard}", environment)
+        yield Head(f"http://127.0.0.1:{dashboard}", f"ray://127.0.0.1:{client}", environment)
     finally:  # `ray stop` would end every cluster of this machine
         process.terminate()
         with suppress(subprocess.TimeoutExpired):
@@ -149,6 +150,22 @@ def test_a_submitted_job_runs_on_its_cluster_and_gives_the_same_bits(
     printed = head.ray("job", "submit", f"--address={head.address}", "--", *entrypoint)
     assert "succeeded" in printed
     assert head.num_teachers() - teachers == len(TEACHERS)  # not in a cluster of the job's own
+    assert_same(out, local_run)
+
+
+def test_a_client_from_outside_gives_the_same_bits(
+    head: Head, pictures: Path, local_run: Path, tmp_path: Path
+) -> None:
+    """The student lives with the client, and every target comes through Ray's client server."""
+    teachers, out = head.num_teachers(), tmp_path / "run"
+    line = command(pictures, out, "stream=ray", f"cluster.address={head.client}")
+    done = subprocess.run(line, env=head.environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert head.num_teachers() - teachers == len(TEACHERS)
+    assert_same(out, local_run)
+
+
+def assert_same(out: Path, local_run: Path) -> None:
     assert len(losses_of(out)) == 3
     assert losses_of(out) == losses_of(local_run)
     ours, theirs = (
