@@ -43,7 +43,7 @@ from ray.cluster_utils import Cluster
 
 from benchmarks.findings.material import put_together
 from benchmarks.record import write
-from benchmarks.runs import Run, command, quick
+from benchmarks.runs import Run, command, processes, quick
 
 STORE_MB = 512  # of each node
 NODES = 2  # for teachers
@@ -211,17 +211,6 @@ KINDS: dict[str, Callable[[Disturber], str]] = {
     "store": Disturber.store,  # is filled by another user of the cluster
 }
 WEIGHTS = {"teacher": 8, "hang": 4, "feeder": 5, "worker": 4, "node": 4, "driver": 3, "store": 4}
-
-
-def processes(title: str) -> list[int]:
-    """Return the processes that run and whose title begins so."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with suppress(OSError):
-            stopped = "T" in (path.parent / "stat").read_text().rsplit(")", 1)[1].split()[0]
-            if path.read_bytes().startswith(title.encode()) and not stopped:
-                found.append(int(path.parent.name))
-    return sorted(found)
 
 
 def drawn(kinds: list[str], count: int, steps: int, usual: float, seed: int) -> list[Fault]:

@@ -25,8 +25,8 @@ from typing import Any
 
 import ray
 
-from benchmarks.chaos import processes
 from benchmarks.record import write
+from benchmarks.runs import processes
 from radio.config import Config, load
 from radio.data.configured import training_plan
 from radio.data.photographs import write_photographs

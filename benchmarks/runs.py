@@ -5,11 +5,11 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,8 @@ from typing import Any
 from radio.training.checkpoint import SUMS, newest_checkpoint
 
 PR_SET_CHILD_SUBREAPER = 36
-LINGERING_SECONDS = 30.0  # that processes of a cluster may live on after their run
+TICKS = os.sysconf("SC_CLK_TCK")
+LOOK_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -73,38 +74,51 @@ def command(overrides: Sequence[str]) -> list[str]:
 
 def train(out: Path, *overrides: str) -> Run:
     """Run `radio train` to its end and count what all its processes took."""
-    _adopt_orphans()
-    before, started = _cpu_seconds(), time.perf_counter()
+    family, started = Family(), time.perf_counter()
     with (out.parent / f"{out.name}.log").open("w") as log:
-        done = subprocess.run(
-            command([*overrides, f"out={out}"]), stdout=log, stderr=subprocess.STDOUT, check=False
-        )
+        line = command([*overrides, f"out={out}"])
+        process = subprocess.Popen(line, stdout=log, stderr=subprocess.STDOUT)
+        while process.poll() is None:
+            time.sleep(LOOK_SECONDS)
+            family.look()
     wall = time.perf_counter() - started
-    if done.returncode:
+    if process.returncode:
         raise SystemExit(f"{log.name}: {Path(log.name).read_text()[-2000:]}")
-    _reap()
-    return Run(out, wall, _cpu_seconds() - before)
+    return Run(out, wall, family.cpu_seconds)
 
 
-def _adopt_orphans() -> None:
-    """Become the parent of what a run leaves behind, so that its CPU seconds count, too."""
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+class Family:
+    """The CPU seconds of this process's descendants from now on, as they were last looked at.
 
+    Asking the system for those of ended children would miss Ray's: its raylet does not wait for
+    them. Those whose parents ended become this process's own children.
+    """
 
-def _reap() -> None:
-    deadline = time.monotonic() + LINGERING_SECONDS
-    while time.monotonic() < deadline:
-        try:
-            pid, _ = os.waitpid(-1, os.WNOHANG)
-        except ChildProcessError:
-            return
-        if pid == 0:
-            time.sleep(0.1)
+    def __init__(self) -> None:
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        self._seen: dict[tuple[int, int], float] = {}  # by pid and start
+        self.look()
+        self._before = sum(self._seen.values())
 
+    @property
+    def cpu_seconds(self) -> float:
+        """The seconds that were seen."""
+        return sum(self._seen.values()) - self._before
 
-def _cpu_seconds() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+    def look(self) -> None:
+        """Note what each descendant has taken up to now."""
+        processes: dict[int, tuple[int, int, float]] = {}
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(OSError):  # it has ended
+                said = path.read_text().rsplit(")", 1)[1].split()
+                ticks = int(said[11]) + int(said[12])  # proc(5): utime, stime; 19 is starttime
+                processes[int(path.parent.name)] = int(said[1]), int(said[19]), ticks / TICKS
+        family = {os.getpid()}
+        while more := {p for p, (parent, *_) in processes.items() if parent in family} - family:
+            family |= more
+        for pid in family - {os.getpid()}:
+            _, start, seconds = processes[pid]
+            self._seen[pid, start] = seconds
 
 
 def quick(pictures: Path, *overrides: str) -> list[str]:
@@ -117,3 +131,14 @@ def quick(pictures: Path, *overrides: str) -> list[str]:
         "threads={student: 1, teacher: 1}",
         *overrides,
     ]
+
+
+def processes(title: str) -> list[int]:
+    """Return the processes that run and whose title begins so."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            stopped = "T" in (path.parent / "stat").read_text().rsplit(")", 1)[1].split()[0]
+            if path.read_bytes().startswith(title.encode()) and not stopped:
+                found.append(int(path.parent.name))
+    return sorted(found)
