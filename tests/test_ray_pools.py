@@ -155,7 +155,8 @@ def test_what_kills_every_replica_is_given_up(pool: Pool) -> None:
 
 @pytest.mark.slow
 def test_another_teacher_on_another_node_is_refused(pool: Pool) -> None:
-    pool.expected = "something else"
+    for replica in pool.replicas:
+        replica.expected = "something else"
     os.kill(pids_of(pool)[0], signal.SIGKILL)
     with pytest.raises(RadioError, match="an echo has other weights or options on another node"):
         for value in range(1000):
