@@ -41,7 +41,7 @@ golden: $(STAMP)  ## rewrite the golden losses after a change of numerics (look 
 	$(BIN)/python tests/golden.py
 
 benchmark: $(STAMP)  ## measure, one after the other, on the image sets in DATA (2 h), into benchmarks/results
-	for name in step_overhead mosaic overlap memory; do $(BIN)/python -m benchmarks.$$name || exit 1; done
+	for name in step_overhead mosaic overlap memory recovery; do $(BIN)/python -m benchmarks.$$name || exit 1; done
 	for name in streams codec chaos; do $(BIN)/python -m benchmarks.$$name --data $(DATA) || exit 1; done
 
 pocket: $(STAMP)  ## train the pocket teachers anew on the image sets in DATA (hours)

@@ -5,7 +5,9 @@
 A cluster of a head and two nodes for teachers, on this machine: two replicas of each of the four
 pocket teachers, two feeders, the student's two processes under Ray Train. One run is left alone,
 the other is disturbed at seeded moments (see KINDS). Then every step must be there once, with the
-same losses to the last bit, and so must the student's weights and its optimizer's state.
+same losses to the last bit, and so must the student's weights and its optimizer's state. The counts
+of lost and doubled batches are of metrics.jsonl, which a resume cuts back: they say that the record
+is whole. That training saw every batch once is what equal losses and weights say.
 
 A fault's stall is by how much the run is later, at the next fault, than the undisturbed one was at
 the same step: what was lost, and what new processes take from the two cores while they load.
@@ -156,10 +158,10 @@ class Disturber:
         fault.whom = KINDS[fault.kind](self)
 
     def teacher(self) -> str:
-        return self._signal(signal.SIGKILL, "ray::TeacherActor.encode", "ray::TeacherActor")
+        return self._signal(signal.SIGKILL, "ray::TeacherActor.encode")
 
     def hang(self) -> str:
-        return self._signal(signal.SIGSTOP, "ray::TeacherActor.encode", "ray::TeacherActor")
+        return self._signal(signal.SIGSTOP, "ray::TeacherActor.encode")
 
     def feeder(self) -> str:
         return self._signal(signal.SIGKILL, "ray::Feeder.feed", "ray::Feeder")
