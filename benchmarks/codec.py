@@ -1,10 +1,10 @@
 """Codecs: bytes, speed over memcpy, error beside the student's own, and what becomes of a run.
 
-    python -m benchmarks.codec [--data sets] [--seeds 3] [--work runs/codec]
+    python -m benchmarks.codec [--data sets] [--seeds 3] [--jobs 2] [--work runs/codec]
 
 The first part takes a step of the quick pocket run's own standardized targets. The second trains
 `experiment=pocket_quick` with every codec and the same seeds: held-out fidelity, whose targets
-always travel as float32.
+always travel as float32. `--jobs` of these runs go at a time, a thread each; none is timed.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +43,16 @@ def main() -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--data", type=Path, default=Path("sets"))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--work", type=Path, default=Path("runs/codec"))
     options = parser.parse_args()
     material = put_together(options.data, options.work / "material")
     shared = quick(material.pictures.folder.resolve(), "stream=local")
-    runs = {
-        name: [fidelity_of(options.work, shared, name, seed) for seed in range(options.seeds)]
-        for name in CODECS
-    }
+    each = list(product(range(options.seeds), CODECS))
+    with ThreadPoolExecutor(options.jobs) as jobs:
+        said = jobs.map(lambda run: fidelity_of(options.work, shared, *run), each)
+        by_run = dict(zip(each, said, strict=True))
+    runs = {name: [by_run[seed, name] for seed in range(options.seeds)] for name in CODECS}
     residual = residuals(runs["float32"])
     write(
         "codec",
@@ -61,7 +65,7 @@ def main() -> None:
     )
 
 
-def fidelity_of(work: Path, shared: list[str], name: str, seed: int) -> dict[str, float]:
+def fidelity_of(work: Path, shared: list[str], seed: int, name: str) -> dict[str, float]:
     """Train with a codec and a seed; return held-out fidelity by teacher@resolution."""
     out = work / f"{name}-{seed}"
     shutil.rmtree(out, ignore_errors=True)

@@ -47,6 +47,7 @@ from ray_jobs.feature_stream import RayStream
 RATIOS = {"1:4": (0.25, 1.0), "1:1": (1.0, 1.0), "4:1": (1.0, 0.25)}
 PROBE = (4, 12)  # pictures for the teacher, and for the student alone, by which costs are measured
 MEGABYTES = (1, 10, 50)
+WINDOW = 2
 CPU = torch.device("cpu")
 ALL_STEPS = 100_000  # of the plan; how many of them are run is said at each place
 
@@ -68,6 +69,7 @@ def config_of(folder: Path, seen: int, unseen: int) -> Config:
             f"data.train={folder / 'data' / 'train-000000.tar'}",
             "data.val=null",
             "threads={student: 1, teacher: 1}",
+            f"cluster.window={WINDOW}",
             "fit.steps=2",
         ]
     )
@@ -87,14 +89,13 @@ def pin(pid: int, core: int) -> None:
 
 
 class ByHand:
-    """Teachers in another process at the end of a pipe, `window` steps ahead."""
+    """Teachers in another process at the end of a pipe, as many steps ahead."""
 
     def __init__(self, config: Config, request: Request) -> None:
         context = multiprocessing.get_context("spawn")
         self.here, there = context.Pipe()
         self.process = context.Process(target=serve, args=(there, config, request), daemon=True)
         self.process.start()
-        self.window = config.cluster.window
         self.here.recv()  # it is ready
         assert self.process.pid is not None
         pin(self.process.pid, cores()[1])
@@ -104,7 +105,7 @@ class ByHand:
         for spec in specs:
             self.here.send(spec)
             waiting.append(spec)
-            if len(waiting) > self.window:
+            if len(waiting) > WINDOW:
                 yield waiting.popleft(), self.here.recv()
         while waiting:
             yield waiting.popleft(), self.here.recv()

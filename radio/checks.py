@@ -165,7 +165,7 @@ def _check_cluster(config: Config) -> None:
     cluster = config.cluster
     least = {
         "replicas": (cluster.replicas, 1),
-        "window": (cluster.window, 1),
+        "window": (1 if cluster.window is None else cluster.window, 1),
         "feeders": (cluster.feeders, 0),
         "cpus": (cluster.cpus, 1),
         "object_store_mb": (cluster.object_store_mb, 80),  # Ray takes no smaller one

@@ -37,10 +37,11 @@ class PoolConfig:
 class ClusterConfig:
     """Which Ray cluster: null is RAY_ADDRESS or else local, a new one of `cpus` logical CPUs.
 
-    At most `window` steps are in flight, fewer where their bytes would not fit the object store.
-    A teacher that takes more than `hedge` times its usual seconds is asked a second time, where
-    another replica is free (null: never). `call_timeout_seconds` is more than a teacher's pass over
-    a whole step; with several student processes more than `window` of them.
+    At most `window` steps are in flight (null: one more than a teacher has replicas), fewer where
+    their bytes would not fit the object store. What was asked of a replica that is silent for
+    `hedge` times the usual seconds of a pass is asked of another one, too (null: never).
+    `call_timeout_seconds` is more than a teacher's pass over a whole step; with several student
+    processes more than `window` of them.
     """
 
     address: str | None = None
@@ -49,7 +50,7 @@ class ClusterConfig:
     replicas: int = 1
     pools: dict[str, PoolConfig] = dataclasses.field(default_factory=dict)  # by teacher
     feeders: int = 0  # processes that decode pictures once for all; 0: each reads for itself
-    window: int = 2
+    window: int | None = None
     hedge: float | None = 3.0
     call_timeout_seconds: float = 300.0
     give_up_seconds: float = 900.0

@@ -34,7 +34,7 @@ from radio.targets.target_maker import (
 from ray_jobs.gauges import Gauges
 from ray_jobs.pool import Ask, Send, rest
 from ray_jobs.replica import LOST
-from ray_jobs.window import Window, room_in_store
+from ray_jobs.window import Window, most_steps, room_in_store
 from ray_jobs.workers import Workers
 
 STUDENT_SECONDS = 5.0  # that the student waits for fed views before it reads them itself
@@ -70,9 +70,11 @@ class RayStream:
         torch.set_num_threads(config.threads.student)
         self._workers = workers or Workers.start(config, self._sources)
         self._owned = workers is None
-        self._rank, self._ranks = ranks_here()
-        self.feeders, self.pools = self._workers.connect(config, self._rank)
-        self._window = Window(config.cluster, room_in_store() / self._ranks)
+        rank, ranks = ranks_here()
+        self.feeders, self.pools = self._workers.connect(config, rank, ranks)
+        replicas = max(len(pool.replicas) for pool in self.pools.values())
+        most = most_steps(config.cluster.window, replicas, ranks)
+        self._window = Window(most, room_in_store() / ranks)
         self._ahead: list[deque[Asked]] = []  # steps in flight of each who reads this stream
         self._awake = set(self.pools)
         self._views: dict[tuple[int, Reading], Any] = {}  # of the step that is handed out

@@ -55,8 +55,8 @@ class Pool:
         handles: the replicas' handles.
         call_timeout: seconds after which a replica counts as hung and is started anew.
         give_up: seconds after which work that nobody answers is an error.
-        hedge: how many times the usual seconds an answer may take before it is asked for twice;
-            None: never.
+        hedge: for how many times the usual seconds a replica may be silent before another one is
+            asked, too; None: for ever.
         expected: what `ready` of a replica that comes back must say; anything if None.
         upstream: the pool that answers what this one's calls wait for.
         greeting: what `ready` is given.
@@ -96,7 +96,7 @@ class Pool:
     def send(self, send: Send) -> Sequence[Any]:
         """Send work whose answers (references, all of one call) go elsewhere; nobody asks again."""
         self.watch()
-        replica = min(self._up(), key=lambda r: len(r.calls), default=self.replicas[0])
+        replica = self._least_loaded() or self.replicas[0]
         refs: Sequence[Any] = send(replica.handle, True)
         replica.sent(refs[0], loose=True)
         return refs
@@ -109,7 +109,7 @@ class Pool:
     def poll(self, ask: Ask, is_next: bool = True) -> bool:
         """Return whether a piece of work is answered; what was lost is asked for again.
 
-        Patience, and that for a second replica, begin when the work `is_next`: somebody waits.
+        Patience begins when the work `is_next`: somebody waits.
 
         Raises:
             RadioError: the worker's own mistake, or nobody answers.
@@ -132,7 +132,7 @@ class Pool:
         if is_next:
             ask.began = ask.began or time.monotonic()
             self._check_patience(ask, time.monotonic() - ask.began)
-            self._hedge(ask, time.monotonic() - ask.began)
+        self._hedge(ask)
         return False
 
     def took(self, seconds: float) -> None:
@@ -155,15 +155,24 @@ class Pool:
     def _up(self) -> Iterator[Replica]:
         return (replica for replica in self.replicas if replica.up)
 
-    def _send(self, ask: Ask, replica: Replica | None = None) -> bool:
-        """Send work to a replica, the least loaded of those that are up; False if none is."""
-        replica = replica or min(self._up(), key=lambda each: len(each.calls), default=None)
-        if replica is None:
+    def _least_loaded(self) -> Replica | None:
+        """Return whoever is up and has least to do; one that is late only where all are."""
+        return min(self._up(), key=lambda each: (self._late(each), len(each.calls)), default=None)
+
+    def _late(self, replica: Replica) -> bool:
+        """Return whether a replica is silent for much longer than a pass usually takes."""
+        if self.hedge is None or len(self._usual) < USUAL_OF:
             return False
+        usual = self.hedge * statistics.median(self._usual)
+        return replica.silent > max(LEAST_HEDGE_SECONDS, usual)
+
+    def _send(self, ask: Ask, replica: Replica | None = None) -> None:
+        """Send work to a replica, the least loaded if not given; to none if none is up."""
+        if (replica := replica or self._least_loaded()) is None:
+            return
         call = ask.send(replica.handle, ask.tries == 0 and not ask.hedged)
         replica.sent(call)
         ask.calls[call] = replica
-        return True
 
     def _check_patience(self, ask: Ask, waited: float) -> None:
         retired = sum(each.retired for each in self.replicas)
@@ -174,18 +183,23 @@ class Pool:
                 "Ray logs, or raise cluster.call_timeout_seconds and cluster.give_up_seconds"
             )
 
-    def _hedge(self, ask: Ask, waited: float) -> None:
-        """Ask an idle replica too, once, where the answer takes much longer than usual."""
-        if self.hedge is None or ask.hedged or not ask.calls or len(self._usual) < USUAL_OF:
+    def _hedge(self, ask: Ask) -> None:
+        """Ask another replica too, once, where the one that has the work is late."""
+        asked = list(ask.calls.values())
+        if ask.hedged or not asked or not all(self._late(replica) for replica in asked):
             return
-        if waited < max(LEAST_HEDGE_SECONDS, self.hedge * statistics.median(self._usual)):
+        other = self._least_loaded()
+        if other is None or self._late(other):
             return
-        spare = (each for each in self._up() if not each.calls)
-        if (replica := next(spare, None)) is not None:
-            ask.hedged = True
-            self.hedges += 1
-            log.info("%s takes unusually long (%.1f s); another is asked, too", self.name, waited)
-            self._send(ask, replica)
+        ask.hedged = True
+        self.hedges += 1
+        log.info(
+            "%s is silent for %.1f s; another is asked for %s, too",
+            self.name,
+            min(replica.silent for replica in asked),
+            ask.what,
+        )
+        self._send(ask, other)
 
     def _lost(self, ask: Ask, replica: Replica, error: Exception) -> None:
         """Note that a call was lost; raise what is no loss but a mistake."""

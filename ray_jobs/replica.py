@@ -70,6 +70,12 @@ class Replica:
         """Whether it may be given work."""
         return self.coming_back is None and not self.retired
 
+    @property
+    def silent(self) -> float:
+        """Seconds since it was last heard of, while it has work."""
+        now = time.monotonic()
+        return now - max(min(self.calls.values(), default=now), self.heard)
+
     def sent(self, call: Any, loose: bool = False) -> None:
         """Note a call, and whether its answer goes elsewhere."""
         self.calls[call] = time.monotonic()
@@ -112,16 +118,14 @@ class Replica:
     def _look_at_calls(self) -> None:
         calls = list(self.calls)
         done, _ = ray.wait(calls, num_returns=len(calls), timeout=0, fetch_local=False)
-        now = time.monotonic()
         for call in done:
-            self.heard = now
+            self.heard = time.monotonic()
             self.calls.pop(call, None)
             if call in self.loose:
                 self.loose.discard(call)
                 self._note_loose(call)
-        waits = now - max(min(self.calls.values(), default=now), self.heard)
-        if waits > self.call_timeout:
-            log.warning("%s hangs for %.0f s; starting it anew", self.name, waits)
+        if (silent := self.silent) > self.call_timeout:
+            log.warning("%s hangs for %.0f s; starting it anew", self.name, silent)
             ray.kill(self.handle, no_restart=False)
             self.fell()
 

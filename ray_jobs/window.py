@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import ray
 
-from radio.config import ClusterConfig
 from radio.errors import RadioError
 from radio.targets.target_maker import CodedTarget
 
@@ -17,12 +17,12 @@ class Window:
     """Counts bytes: one step until the first one's are known, then as many as fit.
 
     Args:
-        config: `window` bounds the steps by their number.
+        most: how many steps there may be, whatever they weigh.
         room: bytes for all steps in flight; SHARE of the smallest node's store if not given.
     """
 
-    def __init__(self, config: ClusterConfig, room: float | None = None) -> None:
-        self.most = config.window
+    def __init__(self, most: int, room: float | None = None) -> None:
+        self.most = most
         self.room = room_in_store() if room is None else room
         self._largest = 0
 
@@ -54,6 +54,15 @@ class Window:
                 f"room for {self.room / 1e6:.0f} MB of them; raise cluster.object_store_mb (or "
                 "`ray start --object-store-memory`), set codec=int8, or lower the batch"
             )
+
+
+def most_steps(wanted: int | None, replicas: int, ranks: int = 1) -> int:
+    """Return how many steps one of `ranks` students may have in flight, where nobody says it.
+
+    That is one for each replica and one to spare, so that a pass may be made again while the
+    student has something to do.
+    """
+    return math.ceil(replicas / ranks) + 1 if wanted is None else wanted
 
 
 def room_in_store() -> float:

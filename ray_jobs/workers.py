@@ -55,13 +55,17 @@ class Workers:
             raise
         return workers
 
-    def connect(self, config: Config, rank: int = 0) -> tuple[Pool | None, dict[str, Pool]]:
+    def connect(
+        self, config: Config, rank: int = 0, ranks: int = 1
+    ) -> tuple[Pool | None, dict[str, Pool]]:
         """Return this process's own view of the feeders, if any, and of each teacher's pool.
 
-        Students begin with different replicas, as each knows its own calls alone.
+        Students begin with different replicas, and are patient with replicas that may have work of
+        all `ranks` of them, as each knows its own calls alone.
         """
         cluster, greeting = config.cluster, (self.sources,)
         limits = cluster.call_timeout_seconds, cluster.give_up_seconds
+        hedge = None if cluster.hedge is None else cluster.hedge * ranks
         feeders = None
         if self.feeders:  # half the time, so that a hung feeder is not taken for a hung teacher
             feeders = Pool("a feeder", self.feeders, limits[0] / 2, limits[1], greeting=greeting)
@@ -72,7 +76,7 @@ class Workers:
                 f"teacher '{name}'",
                 [*handles[first:], *handles[:first]],
                 *limits,
-                cluster.hedge,
+                hedge,
                 self.facts[name],
                 feeders,
                 greeting,

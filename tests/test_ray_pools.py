@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import closing, suppress
 from dataclasses import replace
@@ -31,9 +32,9 @@ from ray_jobs import placement
 from ray_jobs.cluster import cluster
 from ray_jobs.feature_stream import RayStream
 from ray_jobs.placement import reserved, wait_until_ready
-from ray_jobs.pool import USUAL_OF, Pool, answer
+from ray_jobs.pool import USUAL_OF, Pool, answer, rest
 from ray_jobs.replica import LOST, MOST_DEATHS
-from ray_jobs.window import Window
+from ray_jobs.window import Window, most_steps
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
@@ -126,6 +127,27 @@ def test_a_slow_answer_is_asked_for_twice(pool: Pool) -> None:
     assert time.monotonic() - began < 10  # not the timeout's 60 s
     assert pool.hedges == 1 and pool.retries == 0
     assert [answer(pool, pool.ask(saying(value), "a test"))[0] for value in (2, 3)] == [2, 3]
+
+
+def test_one_that_is_busy_is_asked_for_what_a_silent_one_has(pool: Pool) -> None:
+    for _ in range(USUAL_OF):
+        pool.took(0.3)
+    stopped = pids_of(pool)[0]
+    os.kill(stopped, signal.SIGSTOP)
+    began = time.monotonic()
+    asks = deque(pool.ask(saying(value, 0.3), "a test") for value in range(3))
+    for value in range(10):  # whoever is well always has something to do
+        while not pool.poll(asks[0]):
+            for ask in list(asks)[1:]:
+                pool.poll(ask, is_next=False)
+            rest([(pool, asks[0])])
+            pool.watch()
+        assert asks.popleft().value[0] == value
+        if value + 3 < 10:
+            asks.append(pool.ask(saying(value + 3, 0.3), "a test"))
+    assert time.monotonic() - began < 10 and pool.retries == 0
+    assert pool.hedges == 2  # what it had when it was found out; it was given nothing more
+    os.kill(stopped, signal.SIGCONT)
 
 
 def test_a_replica_that_hangs_is_started_anew(pool: Pool) -> None:
@@ -362,7 +384,7 @@ def target(num_bytes: int) -> CodedTarget:
 
 
 def test_the_window_holds_no_more_than_the_store() -> None:
-    window = Window(ClusterConfig(window=4), room=1000.0)
+    window = Window(4, room=1000.0)
     assert window.steps() == 1  # nothing is known yet
     window.saw({"a": {0: target(100)}, "b": {0: target(50), 1: target(50)}}, 0)
     assert window.steps() == 4
@@ -373,6 +395,12 @@ def test_the_window_holds_no_more_than_the_store() -> None:
     assert window.steps() == 2  # a large step may come again
     with pytest.raises(RadioError, match=r"step 3 take 0 MB .*teacher 'b'.*object_store_mb"):
         window.saw({"a": {0: target(1)}, "b": {0: target(1000)}}, 3)
+
+
+def test_a_window_has_a_step_for_each_replica_and_one_to_spare() -> None:
+    assert [most_steps(None, replicas) for replicas in (1, 2, 5)] == [2, 3, 6]
+    assert [most_steps(None, 5, ranks) for ranks in (2, 5, 8)] == [4, 2, 2]
+    assert most_steps(1, 5, 2) == 1
 
 
 def test_a_teacher_s_precision_and_micro_batch_are_its_own(tmp_path: Path) -> None:
