@@ -2,11 +2,12 @@
 
 Every call is a pure function of the step's spec, so a lost one is asked again, anywhere. The
 stream lives inside the student's process, keeps a window of steps in flight and hands steps out
-in order, each exactly once.
+in order, each exactly once. A thread looks after the pools while the student computes.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -32,11 +33,12 @@ from radio.targets.target_maker import (
     reading_of,
 )
 from ray_jobs.gauges import Gauges
-from ray_jobs.pool import Ask, Send, rest
+from ray_jobs.pool import LOOK_SECONDS, Ask, Send, rest
 from ray_jobs.replica import LOST
 from ray_jobs.window import Window, most_steps, room_in_store
 from ray_jobs.workers import Workers
 
+JOIN_SECONDS = 10.0  # for the watch to end
 STUDENT_SECONDS = 5.0  # that the student waits for fed views before it reads them itself
 
 
@@ -80,6 +82,11 @@ class RayStream:
         self._views: dict[tuple[int, Reading], Any] = {}  # of the step that is handed out
         self.gauges = Gauges(self.pools)
         self.fed = 0  # times that the student took views from a feeder
+        self._lock = threading.Lock()  # of the pools and what is in flight
+        self._closed = threading.Event()
+        self._failed: Exception | None = None
+        self._watch = threading.Thread(target=self._keep_watch, name="watch", daemon=True)
+        self._watch.start()
 
     @property
     def teachers(self) -> Mapping[str, TeacherFacts]:
@@ -125,7 +132,8 @@ class RayStream:
             while in_flight:
                 asked, answers = in_flight[0], self._answers(in_flight)
                 self._window.saw(answers, asked.spec.step)
-                in_flight.popleft()
+                with self._lock:
+                    in_flight.popleft()
                 self._fill(in_flight, waiting, request, incarnation)  # before the student works
                 coded = [
                     {name: answers[name][number] for name in partition.modes}
@@ -148,9 +156,10 @@ class RayStream:
         while len(in_flight) < self._window.steps(others):
             if (spec := next(waiting, None)) is None:
                 return
-            if training:
-                self._let_sleep(spec)
-            in_flight.append(self._ask(spec, request, incarnation))
+            with self._lock:
+                if training:
+                    self._let_sleep(spec)
+                in_flight.append(self._ask(spec, request, incarnation))
 
     def _ask(self, spec: StepSpec, request: Request, incarnation: int) -> Asked:
         """Send a step's pictures to a feeder, where there is one, and its work to the teachers."""
@@ -203,20 +212,42 @@ class RayStream:
         return views
 
     def _answers(self, in_flight: Sequence[Asked]) -> dict[str, dict[int, CodedTarget]]:
-        """Wait for the first step's teachers, and mend what is lost of those behind it."""
+        """Wait for the first step's teachers."""
         work, waited, clock = in_flight[0].work, dict[str, float](), time.perf_counter()
         while len(waited) < len(work):
-            for name, pool in self.pools.items():
-                pool.watch()
-                for asked in in_flight:
-                    if name in asked.work:
-                        pool.poll(asked.work[name], asked.work is work)
+            with self._lock:
+                if self._failed is not None:
+                    raise self._failed
+                self._look(work)
             for name, ask in work.items():
                 if ask.answered and name not in waited:  # since the one before it
                     now = time.perf_counter()
                     waited[name], clock = now - clock, now
             rest([(self.pools[name], ask) for name, ask in work.items() if not ask.answered])
-        return {name: self._told(name, work[name].value, waited[name]) for name in work}
+        with self._lock:
+            return {name: self._told(name, work[name].value, waited[name]) for name in work}
+
+    def _look(self, wanted: Mapping[str, Ask] | None = None) -> None:
+        """See who died, hangs or is back, and ask again for what is lost of any step in flight.
+
+        The student waits for what is `wanted`.
+        """
+        for name, pool in self.pools.items():
+            pool.watch()
+            for in_flight in self._ahead:
+                for asked in in_flight:
+                    if name in asked.work:
+                        pool.poll(asked.work[name], asked.work is wanted)
+
+    def _keep_watch(self) -> None:
+        """Look while the student computes; what goes wrong is raised where it asks next."""
+        while not self._closed.wait(LOOK_SECONDS):
+            try:
+                with self._lock:
+                    self._look()
+            except Exception as error:  # noqa: BLE001 - raised where the student asks
+                self._failed = error
+                return
 
     def _told(
         self, name: str, targets: dict[int, CodedTarget], waited: float
@@ -235,7 +266,9 @@ class RayStream:
         self._awake &= used
 
     def close(self) -> None:
-        """End the workers, where this stream started them."""
+        """End the watch, and the workers where this stream started them."""
+        self._closed.set()
+        self._watch.join(timeout=JOIN_SECONDS)
         if self._owned:
             self._workers.close()
 

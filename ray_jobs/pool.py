@@ -238,10 +238,12 @@ class Pool:
 
 def rest(work: Sequence[tuple[Pool, Ask]]) -> None:
     """Wait until something may have happened to work that is not answered yet."""
-    calls = [call for _, ask in work for call in ask.calls]
+    calls = [call for _, ask in work for call in list(ask.calls)]  # a watch may change them
     if calls:
         ray.wait(calls, timeout=LOOK_SECONDS)
-    if not all(ask.calls for _, ask in work):  # its replicas are down: look again soon
+    if not all(
+        ask.calls or ask.answered for _, ask in work
+    ):  # its replicas are down: look again soon
         time.sleep(PAUSE_SECONDS)
 
 

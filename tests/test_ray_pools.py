@@ -32,7 +32,7 @@ from ray_jobs import placement
 from ray_jobs.cluster import cluster
 from ray_jobs.feature_stream import RayStream
 from ray_jobs.placement import reserved, wait_until_ready
-from ray_jobs.pool import USUAL_OF, Pool, answer, rest
+from ray_jobs.pool import LEAST_HEDGE_SECONDS, USUAL_OF, Pool, answer, rest
 from ray_jobs.replica import LOST, MOST_DEATHS
 from ray_jobs.window import Window, most_steps
 
@@ -290,6 +290,28 @@ def test_replicas_killed_and_stopped_at_once_change_no_bit(
         assert len(stream.pools["parts"].replicas) == 2
         assert stream.retries >= 4
     assert losses_of(config.out) == losses_of(local_run)
+
+
+def test_a_silent_replica_is_found_out_while_the_student_works(
+    running: None, tmp_path: Path
+) -> None:
+    config = tiny_config(tmp_path, steps=USUAL_OF + 8)
+    config.cluster.replicas = 2
+    hedges: list[int] = []
+
+    def work(stream: RayStream) -> None:
+        before = stream.pools["parts"].hedges
+        time.sleep(4 * LEAST_HEDGE_SECONDS)
+        hedges.append(stream.pools["parts"].hedges - before)
+
+    stopped = USUAL_OF + 1
+    deeds = {
+        stopped: lambda stream: kill(stream.pools["parts"].replicas[0].handle, signal.SIGSTOP),
+        stopped + 2: work,
+    }
+    with Disturbed(config, deeds) as stream:
+        distill(config, stream)
+    assert hedges == [1]
 
 
 def test_teachers_sleep_where_a_stage_does_not_use_them(running: None, tmp_path: Path) -> None:
