@@ -25,6 +25,9 @@ from radio.errors import RadioError
 log = logging.getLogger("ray_jobs")
 PACKAGES = ("radio", "teachers", "student", "ray_jobs")
 KNOCK_SECONDS = 10.0
+# After a connection broke Ray waits for the reason, by default for a second, before it says that a
+# call is lost; we ask again whatever the reason.
+SOON = {"RAY_timeout_ms_task_wait_for_death_info": "100"}
 AUTHENTICATION = "ray._private.authentication"
 
 
@@ -44,6 +47,7 @@ def cluster(config: ClusterConfig) -> Iterator[None]:
     if ray.is_initialized():  # whoever connected this process also disconnects it
         yield
         return
+    os.environ.update({key: os.environ.get(key, value) for key, value in SOON.items()})
     address = config.address or os.environ.get("RAY_ADDRESS") or "local"
     if address == "local":
         _start_local(config)
@@ -109,7 +113,7 @@ def _join(address: str, key: str) -> None:
 
 
 def _packages() -> dict[str, Any]:
-    """Return a runtime environment that brings our packages to nodes that lack them.
+    """Return a runtime environment that brings our packages, and SOON, to a job's processes.
 
     A job's own environment stands: it has been told which code to bring.
     """
@@ -117,7 +121,8 @@ def _packages() -> dict[str, Any]:
     if {"working_dir", "py_modules", "pip", "uv", "conda", "image_uri"} & job.keys():
         return {}
     modules = [importlib.import_module(name) for name in PACKAGES]
-    return {"py_modules": [str(Path(str(module.__file__)).parent) for module in modules]}
+    paths = [str(Path(str(module.__file__)).parent) for module in modules]
+    return {"py_modules": paths, "env_vars": SOON}
 
 
 def _knock(address: str) -> None:

@@ -100,7 +100,7 @@ def ray_encoded(
         plan = ray.put(rows)  # once, not with every worker
         handles = [remote.remote(asked, own, os.getcwd()) for _ in range(workers)]
         limits = config.call_timeout_seconds, config.give_up_seconds, config.hedge
-        pool = Pool("an encoder", handles, *limits, expected=work.fingerprint)
+        pool = Pool("an encoder", handles, *limits, expected=work.fingerprint, depth=AHEAD)
         for replica in pool.replicas:
             replica.knock()  # no work before the encoder is there, and is the one that is here
         with closing(pool):

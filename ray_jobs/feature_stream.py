@@ -23,6 +23,7 @@ from radio.config import Config, teachers_of
 from radio.data.plan import PartitionSpec, StepSpec
 from radio.data.shards import ImageSource
 from radio.data.views import Views
+from radio.errors import RadioError
 from radio.targets.stream import Coded, StepBatch, batches, open_sources, student_readings
 from radio.targets.target_maker import (
     CodedTarget,
@@ -38,6 +39,7 @@ from ray_jobs.replica import LOST
 from ray_jobs.window import Window, most_steps, room_in_store
 from ray_jobs.workers import Workers
 
+WATCH_SECONDS = 0.05  # until the watch sees calls that the student's thread has made
 JOIN_SECONDS = 10.0  # for the watch to end
 STUDENT_SECONDS = 5.0  # that the student waits for fed views before it reads them itself
 
@@ -241,11 +243,28 @@ class RayStream:
 
     def _keep_watch(self) -> None:
         """Look while the student computes; what goes wrong is raised where it asks next."""
-        while not self._closed.wait(LOOK_SECONDS):
+        looked = time.monotonic()
+        while not self._closed.is_set():
+            with self._lock:
+                running = [
+                    call
+                    for in_flight in self._ahead
+                    for asked in in_flight
+                    for ask in asked.work.values()
+                    for call in ask.calls
+                ]
+            done = False
+            if running:
+                done = bool(ray.wait(running, timeout=WATCH_SECONDS)[0])
+            else:
+                self._closed.wait(WATCH_SECONDS)
+            if not done and time.monotonic() - looked < LOOK_SECONDS:
+                continue
+            looked = time.monotonic()
             try:
                 with self._lock:
                     self._look()
-            except Exception as error:  # noqa: BLE001 - raised where the student asks
+            except (RadioError, ray.exceptions.RayError) as error:
                 self._failed = error
                 return
 

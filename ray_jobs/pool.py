@@ -1,7 +1,8 @@
 """A pool of replicas that serve the same pure calls: dispatch, second asks, recovery.
 
 A call's answer depends on its arguments alone, so any replica may give it, twice if need be. Work
-goes to the replica that has least of it; one that died or hangs gets none until it is back.
+goes to the replica that has least of it; one that died or hangs gets none until it is back. What
+nobody can take yet stays here, so that what was lost goes first when somebody can.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ class Pool:
         expected: what `ready` of a replica that comes back must say; anything if None.
         upstream: the pool that answers what this one's calls wait for.
         greeting: what `ready` is given.
+        depth: pieces of work that a replica may have; more than one where nobody looks often.
     """
 
     def __init__(
@@ -72,12 +74,13 @@ class Pool:
         expected: Any = None,
         upstream: Pool | None = None,
         greeting: tuple[Any, ...] = (),
+        depth: int = 1,
     ) -> None:
         self.name = name
         self.replicas = [
             Replica(handle, name, call_timeout, expected, greeting) for handle in handles
         ]
-        self.give_up, self.hedge, self.upstream = give_up, hedge, upstream
+        self.give_up, self.hedge, self.upstream, self.depth = give_up, hedge, upstream, depth
         self.retries = self.hedges = 0
         self._usual: deque[float] = deque(maxlen=USUAL_OF)
         self._nobody_up: tuple[float, float] | None = None  # since when, and when it was said
@@ -88,7 +91,7 @@ class Pool:
         return sum(len(replica.calls) for replica in self.replicas)
 
     def ask(self, send: Send, what: str) -> Ask:
-        """Send a piece of work to the replica that has least to do."""
+        """Send a piece of work to the replica that has least to do, now or when it is polled."""
         ask = Ask(send, what)
         self._send(ask)
         return ask
@@ -167,8 +170,9 @@ class Pool:
         return replica.silent > max(LEAST_HEDGE_SECONDS, usual)
 
     def _send(self, ask: Ask, replica: Replica | None = None) -> None:
-        """Send work to a replica, the least loaded if not given; to none if none is up."""
-        if (replica := replica or self._least_loaded()) is None:
+        """Send work to a replica, the least loaded if not given; to none if none can take it."""
+        replica = replica or self._least_loaded()
+        if replica is None or len(replica.calls) >= self.depth:
             return
         call = ask.send(replica.handle, ask.tries == 0 and not ask.hedged)
         replica.sent(call)
@@ -189,7 +193,7 @@ class Pool:
         if ask.hedged or not asked or not all(self._late(replica) for replica in asked):
             return
         other = self._least_loaded()
-        if other is None or self._late(other):
+        if other is None or self._late(other) or len(other.calls) >= self.depth:
             return
         ask.hedged = True
         self.hedges += 1

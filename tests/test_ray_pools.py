@@ -108,7 +108,7 @@ def test_a_killed_replica_costs_no_work_and_serves_again(pool: Pool) -> None:
     asks = [pool.ask(saying(value, 0.3), "a test") for value in range(6)]
     os.kill(pids[0], signal.SIGKILL)
     assert [answer(pool, ask)[0] for ask in asks] == list(range(6))
-    assert pool.retries == 3
+    assert pool.retries == 1  # the other five were not sent yet, or answered
     deadline = time.monotonic() + 60
     while any(each.coming_back is not None for each in pool.replicas):
         assert time.monotonic() < deadline
@@ -146,7 +146,7 @@ def test_one_that_is_busy_is_asked_for_what_a_silent_one_has(pool: Pool) -> None
         if value + 3 < 10:
             asks.append(pool.ask(saying(value + 3, 0.3), "a test"))
     assert time.monotonic() - began < 10 and pool.retries == 0
-    assert pool.hedges == 2  # what it had when it was found out; it was given nothing more
+    assert pool.hedges == 1  # what it had when it was found out; it was given nothing more
     os.kill(stopped, signal.SIGCONT)
 
 
