@@ -27,7 +27,7 @@ PACKAGES = ("radio", "teachers", "student", "ray_jobs")
 KNOCK_SECONDS = 10.0
 # After a connection broke Ray waits for the reason, by default for a second, before it says that a
 # call is lost; we ask again whatever the reason.
-SOON = {"RAY_timeout_ms_task_wait_for_death_info": "100"}
+SETTINGS = {"RAY_timeout_ms_task_wait_for_death_info": "100"}
 AUTHENTICATION = "ray._private.authentication"
 
 
@@ -47,7 +47,8 @@ def cluster(config: ClusterConfig) -> Iterator[None]:
     if ray.is_initialized():  # whoever connected this process also disconnects it
         yield
         return
-    os.environ.update({key: os.environ.get(key, value) for key, value in SOON.items()})
+    for key, value in SETTINGS.items():
+        os.environ.setdefault(key, value)
     address = config.address or os.environ.get("RAY_ADDRESS") or "local"
     if address == "local":
         _start_local(config)
@@ -113,7 +114,7 @@ def _join(address: str, key: str) -> None:
 
 
 def _packages() -> dict[str, Any]:
-    """Return a runtime environment that brings our packages, and SOON, to a job's processes.
+    """Return a runtime environment that brings our packages and SETTINGS to a job's processes.
 
     A job's own environment stands: it has been told which code to bring.
     """
@@ -122,7 +123,7 @@ def _packages() -> dict[str, Any]:
         return {}
     modules = [importlib.import_module(name) for name in PACKAGES]
     paths = [str(Path(str(module.__file__)).parent) for module in modules]
-    return {"py_modules": paths, "env_vars": SOON}
+    return {"py_modules": paths, "env_vars": SETTINGS}
 
 
 def _knock(address: str) -> None:

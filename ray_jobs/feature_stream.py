@@ -245,28 +245,25 @@ class RayStream:
         """Look while the student computes; what goes wrong is raised where it asks next."""
         looked = time.monotonic()
         while not self._closed.is_set():
-            with self._lock:
-                running = [
-                    call
-                    for in_flight in self._ahead
-                    for asked in in_flight
-                    for ask in asked.work.values()
-                    for call in ask.calls
-                ]
-            done = False
-            if running:
-                done = bool(ray.wait(running, timeout=WATCH_SECONDS)[0])
-            else:
-                self._closed.wait(WATCH_SECONDS)
-            if not done and time.monotonic() - looked < LOOK_SECONDS:
-                continue
-            looked = time.monotonic()
             try:
+                if not self._something_done() and time.monotonic() - looked < LOOK_SECONDS:
+                    continue
+                looked = time.monotonic()
                 with self._lock:
                     self._look()
             except (RadioError, ray.exceptions.RayError) as error:
                 self._failed = error
                 return
+
+    def _something_done(self) -> bool:
+        """Return whether a call of a step in flight is done, waiting a moment for one."""
+        with self._lock:
+            work = [ask for each in self._ahead for asked in each for ask in asked.work.values()]
+            calls = [call for ask in work for call in ask.calls]
+        if calls:
+            return bool(ray.wait(calls, timeout=WATCH_SECONDS)[0])
+        self._closed.wait(WATCH_SECONDS)
+        return False
 
     def _told(
         self, name: str, targets: dict[int, CodedTarget], waited: float

@@ -99,7 +99,7 @@ class Pool:
     def send(self, send: Send) -> Sequence[Any]:
         """Send work whose answers (references, all of one call) go elsewhere; nobody asks again."""
         self.watch()
-        replica = self._least_loaded() or self.replicas[0]
+        replica = min(self._up(), key=lambda r: len(r.calls), default=self.replicas[0])
         refs: Sequence[Any] = send(replica.handle, True)
         replica.sent(refs[0], loose=True)
         return refs
@@ -158,9 +158,10 @@ class Pool:
     def _up(self) -> Iterator[Replica]:
         return (replica for replica in self.replicas if replica.up)
 
-    def _least_loaded(self) -> Replica | None:
-        """Return whoever is up and has least to do; one that is late only where all are."""
-        return min(self._up(), key=lambda each: (self._late(each), len(each.calls)), default=None)
+    def _free(self) -> Replica | None:
+        """Return who has least to do of those that can take work; a late one where all are late."""
+        can = (each for each in self._up() if len(each.calls) < self.depth)
+        return min(can, key=lambda each: (self._late(each), len(each.calls)), default=None)
 
     def _late(self, replica: Replica) -> bool:
         """Return whether a replica is silent for much longer than a pass usually takes."""
@@ -171,8 +172,7 @@ class Pool:
 
     def _send(self, ask: Ask, replica: Replica | None = None) -> None:
         """Send work to a replica, the least loaded if not given; to none if none can take it."""
-        replica = replica or self._least_loaded()
-        if replica is None or len(replica.calls) >= self.depth:
+        if (replica := replica or self._free()) is None:
             return
         call = ask.send(replica.handle, ask.tries == 0 and not ask.hedged)
         replica.sent(call)
@@ -192,8 +192,7 @@ class Pool:
         asked = list(ask.calls.values())
         if ask.hedged or not asked or not all(self._late(replica) for replica in asked):
             return
-        other = self._least_loaded()
-        if other is None or self._late(other) or len(other.calls) >= self.depth:
+        if (other := self._free()) is None or self._late(other):
             return
         ask.hedged = True
         self.hedges += 1
@@ -245,9 +244,7 @@ def rest(work: Sequence[tuple[Pool, Ask]]) -> None:
     calls = [call for _, ask in work for call in list(ask.calls)]  # a watch may change them
     if calls:
         ray.wait(calls, timeout=LOOK_SECONDS)
-    if not all(
-        ask.calls or ask.answered for _, ask in work
-    ):  # its replicas are down: look again soon
+    if not all(ask.calls or ask.answered for _, ask in work):  # nobody can take it: look again soon
         time.sleep(PAUSE_SECONDS)
 
 

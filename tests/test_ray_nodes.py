@@ -105,4 +105,6 @@ def test_workers_become_more_when_a_node_joins(tmp_path: Path) -> None:
         made.shutdown()
     assert len(list((Path(config.out) / "ray_train").glob("start-*"))) == 2
     expected = distill(shared(tmp_path, "alone", steps=400, workers=None)).out
-    assert_close(Path(config.out), expected, rel=1e-3)  # rounding grows: 4e-4 was seen
+    # Rounding begins at 1e-7 with the second worker and grows tenfold in 50 steps, to some 1e-4.
+    assert_close(Path(config.out), expected, steps=100)
+    assert_close(Path(config.out), expected, rel=1e-3)
