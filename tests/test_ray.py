@@ -89,6 +89,7 @@ def test_ray_and_local_give_the_same_bits(stream: RayStream, local_run: Path) ->
     assert rows_of(stream.config.out) == rows_of(local_run)
 
 
+@pytest.mark.slow
 def test_a_refit_and_students_at_other_starts_have_the_same_bits_on_ray(
     running: None, tmp_path: Path
 ) -> None:

@@ -177,7 +177,7 @@ def far(root: Path, name: str, steps: int) -> Config:
     config.out = str(root / name)
     config.threads.student = 1
     labels = {"role": "teacher"}
-    config.cluster.address = f"{HEAD}:{PORT}"
+    config.stream, config.cluster.address = "ray", f"{HEAD}:{PORT}"
     config.cluster.pools = {each: PoolConfig(labels=labels) for each in config.teachers}
     return config
 

@@ -227,6 +227,7 @@ def test_a_feeder_that_is_asked_in_one_way(running: None, tmp_path: Path) -> Non
     assert losses_of(config.out) == losses_of(local)
 
 
+@pytest.mark.slow
 def test_feeders_give_the_same_bits_and_may_die(
     running: None, local_run: Path, tmp_path: Path
 ) -> None:
@@ -292,6 +293,7 @@ def test_replicas_killed_and_stopped_at_once_change_no_bit(
     assert losses_of(config.out) == losses_of(local_run)
 
 
+@pytest.mark.slow
 def test_a_silent_replica_is_found_out_while_the_student_works(
     running: None, tmp_path: Path
 ) -> None:
