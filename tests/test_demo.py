@@ -36,7 +36,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def local(pictures: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Ten steps with the four teachers in this process."""
     out = tmp_path_factory.mktemp("local") / "run"
-    return distill(demo_config([*SHORT, *pictures, f"out={out}"])).out
+    return distill(demo_config([*SHORT, *pictures, "stream=local", f"out={out}"])).out
 
 
 def test_four_real_teachers_in_actors_give_the_same_bits(

@@ -109,6 +109,12 @@ def test_a_finished_run_says_so_and_trains_nothing(
     assert len(losses_of(undisturbed)) == 6
 
 
+def test_teachers_on_a_cluster_are_not_built_here_instead(tmp_path: Path) -> None:
+    config = replace(tiny_config(tmp_path), stream="ray")
+    with pytest.raises(RadioError, match=r"ray_jobs\.train\.train\(config\).*stream=local"):
+        distill(config)
+
+
 def test_another_configuration_is_refused_by_key(undisturbed: Path) -> None:
     config = replace(tiny_config(undisturbed.parent), out=str(undisturbed))
     config.optimizer.lr = 0.5

@@ -182,6 +182,12 @@ def far(root: Path, name: str, steps: int) -> Config:
     return config
 
 
+def alone(config: Config, root: Path) -> Config:
+    """Return the same run in this process."""
+    cluster = replace(config.cluster, address=None)
+    return replace(config, out=str(root / "local"), stream="local", cluster=cluster)
+
+
 def test_teachers_at_another_address_give_the_same_bits(network: Network, tmp_path: Path) -> None:
     config = far(tmp_path, "far", steps=6)
     process = network.run(config)
@@ -189,7 +195,7 @@ def test_teachers_at_another_address_give_the_same_bits(network: Network, tmp_pa
     assert process.returncode == 0, printed[-4000:]
     for name in config.teachers:
         assert f"{name} lives at {TEACHERS}" in printed
-    local = distill(replace(config, out=str(tmp_path / "local"))).out
+    local = distill(alone(config, tmp_path)).out
     assert losses_of(config.out) == losses_of(local)
 
 
@@ -210,5 +216,5 @@ def test_a_pulled_cable_costs_no_step(network: Network, tmp_path: Path) -> None:
     printed, _ = process.communicate(timeout=400)
     assert process.returncode == 0, printed[-4000:]
     assert int(printed.split("asked again ")[1].split()[0]) >= len(config.teachers)
-    local = distill(replace(config, out=str(tmp_path / "local"))).out
+    local = distill(alone(config, tmp_path)).out
     assert losses_of(config.out) == losses_of(local)

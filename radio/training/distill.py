@@ -31,7 +31,7 @@ def distill(config: Config, stream: Stream | None = None) -> RunResult:
 
     Args:
         config: a checked configuration (`radio.config.load`).
-        stream: where targets come from; a LocalStream is built when none is given.
+        stream: where targets come from; a LocalStream where none is given, with stream=local.
 
     Raises:
         RadioError: anything the user can mend, naming the thing and the way out.
@@ -40,6 +40,11 @@ def distill(config: Config, stream: Stream | None = None) -> RunResult:
     if config.rehearsal:
         raise RadioError(
             "rehearsal=true trains nothing; use radio train, or radio.training.rehearsal.rehearse"
+        )
+    if stream is None and config.stream == "ray":
+        raise RadioError(
+            "stream=ray places the teachers on a cluster, which ray_jobs.train.train(config) and "
+            "radio train do; for teachers in this process set stream=local"
         )
     torch.set_num_threads(config.threads.student)
     with contextlib.ExitStack() as held:
