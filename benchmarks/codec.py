@@ -1,10 +1,11 @@
 """Codecs: bytes, speed over memcpy, error beside the student's own, and what becomes of a run.
 
-    python -m benchmarks.codec [--data sets] [--seeds 3] [--jobs 2] [--work runs/codec]
+    python -m benchmarks.codec [--data sets] [--seeds 3] [--jobs 2] [--work runs/codec] [--resume]
 
 The first part takes a step of the quick pocket run's own standardized targets. The second trains
 `experiment=pocket_quick` with every codec and the same seeds: held-out fidelity, whose targets
 always travel as float32. `--jobs` of these runs go at a time, a thread each; none is timed.
+`--resume` goes on with the runs of a benchmark that was cut off, instead of beginning anew.
 """
 
 from __future__ import annotations
@@ -45,7 +46,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--work", type=Path, default=Path("runs/codec"))
+    parser.add_argument("--resume", action="store_true")
     options = parser.parse_args()
+    if not options.resume:
+        for seed, name in product(range(options.seeds), CODECS):
+            shutil.rmtree(options.work / f"{name}-{seed}", ignore_errors=True)
     material = put_together(options.data, options.work / "material")
     shared = quick(material.pictures.folder.resolve(), "stream=local")
     each = list(product(range(options.seeds), CODECS))
@@ -67,9 +72,7 @@ def main() -> None:
 
 def fidelity_of(work: Path, shared: list[str], seed: int, name: str) -> dict[str, float]:
     """Train with a codec and a seed; return held-out fidelity by teacher@resolution."""
-    out = work / f"{name}-{seed}"
-    shutil.rmtree(out, ignore_errors=True)
-    return train(out, *shared, f"codec={name}", f"seed={seed}").fidelity
+    return train(work / f"{name}-{seed}", *shared, f"codec={name}", f"seed={seed}").fidelity
 
 
 def residuals(runs: list[dict[str, float]]) -> dict[str, float]:
