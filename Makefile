@@ -40,9 +40,11 @@ check: $(STAMP)  ## ruff, mypy strict, import contracts
 golden: $(STAMP)  ## rewrite the golden losses after a change of numerics (look at the diff)
 	$(BIN)/python tests/golden.py
 
-benchmark: $(STAMP)  ## measure, one after the other, on the image sets in DATA (2 h), into benchmarks/results
+benchmark: $(STAMP)  ## measure, one after the other, on the image sets in DATA (2.5 h), write docs/cluster_figures.md
 	for name in step_overhead mosaic overlap memory recovery; do $(BIN)/python -m benchmarks.$$name || exit 1; done
 	for name in streams codec chaos; do $(BIN)/python -m benchmarks.$$name --data $(DATA) || exit 1; done
+	$(BIN)/python -m benchmarks.chaos --data $(DATA) --only teacher --workers 0 --faults 12 --steps 80
+	$(BIN)/python -m benchmarks.cluster_page
 
 pocket: $(STAMP)  ## train the pocket teachers anew on the image sets in DATA (hours)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[pocket]"

@@ -8,6 +8,8 @@ import sys
 import tomllib
 from pathlib import Path
 
+from benchmarks import cluster_page
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -15,6 +17,10 @@ def test_the_generated_pages_are_up_to_date() -> None:
     command = [sys.executable, str(ROOT / "docs" / "generate.py"), "--check"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_clusters_figures_are_those_of_the_records() -> None:
+    assert cluster_page.PAGE.read_text() == "\n".join(cluster_page.page()).rstrip() + "\n"
 
 
 def test_every_file_that_the_docs_name_exists() -> None:
