@@ -209,9 +209,9 @@ def recovery(record: Record) -> list[str]:
     }
     return [
         *prose(
-            f"""Two replicas at 80 % load; a pass takes {record["pass_seconds"]:.1f} s and leaves the
-            processor alone, as a GPU does. Seconds that the student stood still, from a fault to
-            the next:"""
+            f"""Two replicas at 80 % load; a pass takes {record["pass_seconds"]:.1f} s and leaves
+            the processor alone, as a GPU does. Seconds that the student stood still, from a fault
+            to the next:"""
         ),
         *columns("fault", rows, {"median": "median", "most": "most"}),
     ]
