@@ -1,6 +1,8 @@
 """docs/cluster_figures.md out of the records: what Ray adds, saves and survives.
 
-python -m benchmarks.cluster_page
+    python -m benchmarks.cluster_page
+
+Needs every record; nothing is measured.
 """
 
 from __future__ import annotations

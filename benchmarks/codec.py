@@ -87,7 +87,8 @@ def residuals(runs: list[dict[str, float]]) -> dict[str, float]:
 
 
 def speeds() -> dict[str, dict[str, float]]:
-    """Return bytes a value, and GB/s of float32 values over a memcpy of as many bytes."""
+    """Return bytes a value, and one thread's GB/s of float32 values over a memcpy of them."""
+    torch.set_num_threads(1)  # as memcpy has one, and a teacher by these runs' configuration
     values = torch.randn(LARGE)
     array = values.numpy()
     here = np.empty_like(array)
